@@ -1,0 +1,1 @@
+"""LoRA and QLoRA as a pure transform of the parameter pytree."""

@@ -1,0 +1,1 @@
+"""The transform: partition, combine, merge, quantize and lift. Needs jax only."""

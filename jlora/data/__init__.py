@@ -1,0 +1,1 @@
+"""From sources of text to packed batches, in an order that can be resumed."""

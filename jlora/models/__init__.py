@@ -1,0 +1,1 @@
+"""Plain Flax decoders; they know nothing of adapters or of 4-bit weights."""

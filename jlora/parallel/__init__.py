@@ -1,0 +1,1 @@
+"""Devices: the mesh, shardings, and compilers for devices that are not here."""

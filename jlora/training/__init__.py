@@ -1,0 +1,1 @@
+"""The loss, the optimizer, the step and the loop around them."""
