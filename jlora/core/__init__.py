@@ -1,1 +1,1 @@
-"""The transform: partition, combine, merge, quantize and lift. Needs jax only."""
+"""Partition, combine, merge, quantize and lift; needs jax only."""

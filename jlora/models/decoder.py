@@ -1,0 +1,188 @@
+"""A Llama-family decoder in plain Linen.
+
+The tree of parameters, with the layers stacked along the first axis:
+
+  embed/embedding                      [vocab, embed]
+  layers/attention_norm/scale          [layers, embed]
+  layers/attention/{q,k,v}_proj/kernel [layers, embed, heads * head_dim]
+  layers/attention/o_proj/kernel       [layers, heads * head_dim, embed]
+  layers/mlp_norm/scale                [layers, embed]
+  layers/mlp/{gate,up}_proj/kernel     [layers, embed, mlp]
+  layers/mlp/down_proj/kernel          [layers, mlp, embed]
+  final_norm/scale                     [embed]
+  lm_head/kernel                       [embed, vocab], unless tied
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from jlora.models import rotary
+from jlora.models.attention import Attention, Cache, causal_mask
+from jlora.models.config import DecoderConfig
+
+# What a rematerialized layer keeps for its backward pass beside its input.
+REMAT = {
+  'full': jax.checkpoint_policies.nothing_saveable,
+  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+class Mlp(nn.Module):
+  """SwiGLU, `down(silu(gate(x)) * up(x))`."""
+
+  config: DecoderConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(self, x: jax.Array) -> jax.Array:
+    """Maps [batch, length, embed_dim] to the same shape."""
+
+    def dense(width: int, name: str) -> nn.Dense:
+      return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+
+    gate = dense(self.config.mlp_dim, 'gate_proj')(x)
+    up = dense(self.config.mlp_dim, 'up_proj')(x)
+    hidden = nn.silu(gate) * up
+    return dense(self.config.embed_dim, 'down_proj')(hidden)
+
+
+class Layer(nn.Module):
+  """One decoder layer: attention, then the feed-forward block."""
+
+  config: DecoderConfig
+  dtype: jnp.dtype
+
+  @nn.compact
+  def __call__(
+    self,
+    h: jax.Array,
+    angles: tuple[jax.Array, jax.Array],
+    mask: jax.Array,
+    index: jax.Array | None,
+    cache: Cache | None,
+  ) -> tuple[jax.Array, Cache | None]:
+    """Maps the residual stream [batch, length, embed_dim] to the next one."""
+
+    def norm(name: str) -> nn.RMSNorm:
+      eps = self.config.norm_eps
+      return nn.RMSNorm(epsilon=eps, dtype=self.dtype, name=name)
+
+    out, cache = Attention(self.config, self.dtype, name='attention')(
+      norm('attention_norm')(h), angles, mask, cache, index
+    )
+    h = h + out
+    h = h + Mlp(self.config, self.dtype, name='mlp')(norm('mlp_norm')(h))
+    return h, cache
+
+
+class Decoder(nn.Module):
+  """A decoder-only language model.
+
+  Attributes:
+    config: Sizes and constants.
+    dtype: What is computed in; parameters keep their own dtype.
+    remat: 'none' keeps every activation for the backward pass, 'full' a
+      layer's input only, 'dots' the results of its linear layers too.
+    unroll: Layers a step of the scan over layers takes.
+  """
+
+  config: DecoderConfig
+  dtype: Any = jnp.float32
+  remat: str = 'none'
+  unroll: int = 1
+
+  def setup(self) -> None:
+    """Builds the parts; `hidden` and `logits` share the embedding."""
+    c = self.config
+    layer = Layer
+    if self.remat != 'none':
+      layer = nn.remat(Layer, policy=REMAT[self.remat], prevent_cse=False)
+    self.embed = nn.Embed(c.vocab_size, c.embed_dim, dtype=self.dtype)
+    self.layers = nn.scan(
+      layer,
+      variable_axes={'params': 0},
+      split_rngs={'params': True},
+      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+      length=c.layers,
+      unroll=self.unroll,
+    )(c, self.dtype)
+    self.final_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=self.dtype)
+    if not c.tie_embeddings:
+      self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
+
+  def __call__(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns the logits [batch, length, vocab]; arguments as in `hidden`."""
+    return self.logits(self.hidden(tokens, positions, segment_ids))
+
+  def hidden(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+  ) -> jax.Array:
+    """Returns what the output head reads.
+
+    Args:
+      tokens: int [batch, length], below `vocab_size`.
+      positions: int [batch, length]; None counts from zero.
+      segment_ids: int [batch, length]; None is one segment.
+
+    Returns:
+      [batch, length, embed_dim] in `dtype`.
+    """
+    if positions is None:
+      steps = jnp.arange(tokens.shape[1])[None]
+      positions = jnp.broadcast_to(steps, tokens.shape)
+    if segment_ids is None:
+      segment_ids = jnp.zeros_like(tokens)
+    angles = rotary.angles(positions, self.config)
+    mask = causal_mask(segment_ids)
+    h, _ = self.layers(self.embed(tokens), angles, mask, None, None)
+    return self.final_norm(h)
+
+  def logits(self, h: jax.Array) -> jax.Array:
+    """Maps [..., embed_dim] to [..., vocab] in `dtype`."""
+    if self.config.tie_embeddings:
+      return self.embed.attend(h)
+    return self.lm_head(h)
+
+  def decode(
+    self,
+    tokens: jax.Array,
+    positions: jax.Array,
+    mask: jax.Array,
+    cache: Cache,
+    index: jax.Array,
+  ) -> tuple[jax.Array, Cache]:
+    """Reads `tokens` behind what the cache holds.
+
+    Args:
+      tokens: int [batch, length]; length is the prompt's, then 1.
+      positions: int [batch, length].
+      mask: bool [batch, length, slots]; which slots each token may see, its
+        own among them.
+      cache: From `make_cache` or the previous call.
+      index: int scalar; the slot that the first of `tokens` takes.
+
+    Returns:
+      The last token's logits [batch, vocab] and the longer cache.
+    """
+    angles = rotary.angles(positions, self.config)
+    h, cache = self.layers(self.embed(tokens), angles, mask, index, cache)
+    return self.logits(self.final_norm(h[:, -1])), cache
+
+
+def make_cache(
+  config: DecoderConfig, batch: int, slots: int, dtype: Any
+) -> Cache:
+  """Returns empty keys and values [layers, batch, slots, kv_heads, head_dim]."""
+  shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
+  return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
