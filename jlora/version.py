@@ -1,3 +1,3 @@
 """The version of jlora, in one place for the package and its metadata."""
 
-VERSION = '0.1.0'
+__version__ = '0.1.0'

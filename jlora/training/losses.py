@@ -1,0 +1,149 @@
+"""Cross-entropy over a large vocabulary, without all logits at once.
+
+Dimension key: N tokens, C tokens a chunk, D embed, V vocab.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Maps params and hidden states [..., embed] to logits [..., vocab].
+LogitsFn = Callable[[Any, jax.Array], jax.Array]
+
+
+def summed_cross_entropy(
+  logits_fn: LogitsFn,
+  params: Any,
+  hidden: jax.Array,
+  targets: jax.Array,
+  mask: jax.Array,
+  *,
+  chunk: int,
+  frozen_head: bool,
+) -> jax.Array:
+  """Returns the sum over tokens of `mask * -log p(target)`.
+
+  Logits exist for `chunk` tokens at a time, in both directions.
+
+  Args:
+    logits_fn: The output head.
+    params: What it reads.
+    hidden: [batch, length, embed].
+    targets: int [batch, length].
+    mask: float [batch, length], the weight of each token.
+    chunk: Tokens a chunk.
+    frozen_head: Whether the head's parameters are constants. Its gradient is
+      then not formed, and loss and input gradient come from one pass;
+      otherwise chunks are rematerialized.
+
+  Returns:
+    float32 scalar.
+  """
+  run = _one_pass if frozen_head else _rematerialized
+  return run(logits_fn, params, *_chunks(hidden, targets, mask, chunk))
+
+
+def _chunks(
+  hidden: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+  """Flattens tokens and cuts them into [chunks, chunk, …], padded with zeros."""
+  count = targets.size
+  chunk = min(chunk, count)
+
+  def cut(x: jax.Array) -> jax.Array:
+    x = x.reshape(count, *x.shape[2:])
+    padding = [(0, -count % chunk)] + [(0, 0)] * (x.ndim - 1)
+    return jnp.pad(x, padding).reshape(-1, chunk, *x.shape[1:])
+
+  return cut(hidden), cut(targets), cut(mask)
+
+
+def _losses(logits_CV: jax.Array, targets_C: jax.Array) -> jax.Array:
+  logits_CV = logits_CV.astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
+  return jax.nn.logsumexp(logits_CV, axis=-1) - chosen
+
+
+def _rematerialized(
+  logits_fn: LogitsFn,
+  params: Any,
+  hidden: jax.Array,
+  targets: jax.Array,
+  mask: jax.Array,
+) -> jax.Array:
+  @jax.checkpoint
+  def one(params: Any, h: jax.Array, t: jax.Array, m: jax.Array) -> jax.Array:
+    return jnp.sum(m * _losses(logits_fn(params, h), t))
+
+  def body(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
+    return total + one(params, *xs), None
+
+  total, _ = jax.lax.scan(body, jnp.float32(0), (hidden, targets, mask))
+  return total
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _one_pass(
+  logits_fn: LogitsFn,
+  params: Any,
+  hidden: jax.Array,
+  targets: jax.Array,
+  mask: jax.Array,
+) -> jax.Array:
+  def one(xs: Any) -> jax.Array:
+    h, t, m = xs
+    return jnp.sum(m * _losses(logits_fn(params, h), t))
+
+  return jax.lax.map(one, (hidden, targets, mask)).sum()
+
+
+def _one_pass_forward(
+  logits_fn: LogitsFn,
+  params: Any,
+  hidden: jax.Array,
+  targets: jax.Array,
+  mask: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the loss and its gradient by `hidden`, from the same logits."""
+
+  def one(xs: Any) -> tuple[jax.Array, jax.Array]:
+    h, t, m = xs
+    logits, pull = jax.vjp(functools.partial(logits_fn, params), h)
+    loss, grad = _loss_and_grad(logits, t, m)
+    return loss, pull(grad.astype(logits.dtype))[0]
+
+  losses, grads = jax.lax.map(one, (hidden, targets, mask))
+  return losses.sum(), grads
+
+
+def _loss_and_grad(
+  logits_CV: jax.Array, targets_C: jax.Array, mask_C: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the summed loss and its gradient by the logits [C, V].
+
+  The barriers bound the fusions: without them XLA computes the exponentials
+  several times over.
+  """
+  barrier = jax.lax.optimization_barrier
+  logits_CV = barrier(logits_CV).astype(jnp.float32)
+  top = logits_CV.max(axis=-1, keepdims=True)
+  exp_CV = barrier(jnp.exp(logits_CV - top))
+  total = exp_CV.sum(axis=-1, keepdims=True)
+  chosen = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
+  loss = (jnp.log(total) + top - chosen)[:, 0]
+  grad_CV = exp_CV * (mask_C[:, None] / total)
+  rows = jnp.arange(len(targets_C))
+  grad_CV = grad_CV.at[rows, targets_C].add(-mask_C)
+  return jnp.sum(mask_C * loss), barrier(grad_CV)
+
+
+def _one_pass_backward(
+  logits_fn: LogitsFn, grads: jax.Array, g: jax.Array
+) -> tuple[Any, ...]:
+  return None, (g * grads).astype(grads.dtype), None, None
+
+
+_one_pass.defvjp(_one_pass_forward, _one_pass_backward)

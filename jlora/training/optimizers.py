@@ -1,0 +1,111 @@
+"""AdamW over the trained half of the parameters."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from jlora.core.partition import labels
+from jlora.errors import ConfigError
+
+SCHEDULES = ('constant', 'cosine')
+_NOT_DECAYED = ('scale', 'bias', 'magnitude')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimSpec:
+  """The optimizer of a run.
+
+  Attributes:
+    learning_rate: Peak learning rate.
+    schedule: 'constant', or 'cosine' down to zero at the last step.
+    warmup: Steps of linear warmup from zero.
+    weight_decay: Decoupled weight decay; none on norms, biases, magnitudes.
+    clip: Largest global norm of a gradient; 0 for no clipping.
+    b1: Decay of Adam's first moment.
+    b2: Decay of Adam's second moment.
+    eps: Added to the root of Adam's second moment.
+  """
+
+  learning_rate: float = 2e-4
+  schedule: str = 'cosine'
+  warmup: int = 0
+  weight_decay: float = 0.0
+  clip: float = 1.0
+  b1: float = 0.9
+  b2: float = 0.999
+  eps: float = 1e-8
+
+  def __post_init__(self) -> None:
+    """Checks the fields."""
+    if not 0 < self.learning_rate < float('inf'):
+      raise ConfigError(
+        f'optim.learning_rate is {self.learning_rate}; it must be above 0 and'
+        ' finite, such as 2e-4'
+      )
+    if self.schedule not in SCHEDULES:
+      known = ', '.join(map(repr, SCHEDULES))
+      raise ConfigError(f'optim.schedule {self.schedule!r} is none of {known}')
+    for field in ('warmup', 'weight_decay', 'clip'):
+      if not getattr(self, field) >= 0:
+        raise ConfigError(
+          f'optim.{field} is {getattr(self, field)}; it must be 0 or more'
+        )
+
+
+def make_schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
+  """Returns the learning rate as a function of the step, from 0.
+
+  Args:
+    spec: Peak, shape and warmup.
+    steps: Steps of the whole run.
+  """
+  warmup = min(spec.warmup, max(steps - 1, 0))
+  rise = optax.linear_schedule(0.0, spec.learning_rate, warmup + 1)
+  if spec.schedule == 'constant':
+    rest = optax.constant_schedule(spec.learning_rate)
+  else:
+    rest = optax.cosine_decay_schedule(
+      spec.learning_rate, max(steps - warmup, 1)
+    )
+  return optax.join_schedules(
+    [lambda step: rise(step + 1), rest], boundaries=[warmup]
+  )
+
+
+def make_optimizer(
+  spec: OptimSpec, steps: int, trainable: Any
+) -> optax.GradientTransformation:
+  """Returns AdamW whose moments lie in groups by `labels(trainable)`.
+
+  Args:
+    spec: Learning rate, decay and clipping.
+    steps: Steps of the whole run, for the schedule.
+    trainable: From `jlora.partition`; only its structure is used.
+  """
+  groups = labels(trainable)
+  adam = optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps)
+  present = sorted(set(jax.tree.leaves(groups)))
+  return optax.chain(
+    optax.clip_by_global_norm(spec.clip) if spec.clip else optax.identity(),
+    optax.partition(dict.fromkeys(present, adam), groups),
+    optax.masked(
+      optax.add_decayed_weights(spec.weight_decay), decay_mask(trainable)
+    ),
+    optax.scale_by_learning_rate(make_schedule(spec, steps)),
+  )
+
+
+def decay_mask(trainable: Any) -> Any:
+  """Returns True where weight decay acts: not on norms, biases, magnitudes.
+
+  Args:
+    trainable: From `jlora.partition`.
+  """
+
+  def decayed(path: tuple[Any, ...], _: Any) -> bool:
+    names = {str(getattr(entry, 'key', entry)) for entry in path[-2:]}
+    return names.isdisjoint(_NOT_DECAYED)
+
+  return jax.tree_util.tree_map_with_path(decayed, trainable)
