@@ -183,6 +183,6 @@ class Decoder(nn.Module):
 def make_cache(
   config: DecoderConfig, batch: int, slots: int, dtype: Any
 ) -> Cache:
-  """Returns empty keys and values [layers, batch, slots, kv_heads, head_dim]."""
+  """Returns zeros, two of [layers, batch, slots, kv_heads, head_dim]."""
   shape = (config.layers, batch, slots, config.kv_heads, config.head_dim)
   return jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)

