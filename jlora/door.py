@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from absl import app, flags
+from absl import app, flags, logging
 
 from jlora.errors import ConfigError, JloraError
 
@@ -22,6 +22,7 @@ def enter(main: Callable[[], int | None]) -> NoReturn:
   """
 
   def guarded(_: list[str]) -> int:
+    logging.set_verbosity(logging.WARNING)  # Orbax tells a page a checkpoint
     try:
       return main() or 0
     except JloraError as error:

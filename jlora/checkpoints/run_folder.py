@@ -64,27 +64,25 @@ class RunFolder:
     """Lets other processes use the folder."""
     self._lock.release()
 
-  def record_config(self, text: str) -> list[str]:
-    """Writes config.json, after a check against the one that is there.
+  def check_config(self, text: str) -> list[str]:
+    """Compares a config with the one that this folder's run began with.
 
     Args:
       text: The resolved config as JSON.
 
     Returns:
-      The differences that a continued run has, one sentence each.
+      The differences that a continued run may have, one line each.
 
     Raises:
-      ConfigError: The folder holds a run that this config cannot continue.
+      ConfigError: The config cannot continue this run.
     """
-    changes = []
-    if self.path('config.json').exists():
-      old = _flat(json.loads(self.path('config.json').read_text()))
-      new = _flat(json.loads(text))
-      for field in sorted(old.keys() | new.keys()):
-        if old.get(field) != new.get(field):
-          changes.append(self._change(field, old.get(field), new.get(field)))
-    self.write('config.json', text)
-    return changes
+    old = _flat(json.loads(self.path('config.json').read_text()))
+    new = _flat(json.loads(text))
+    return [
+      self._change(field, old.get(field), new.get(field))
+      for field in sorted(old.keys() | new.keys())
+      if old.get(field) != new.get(field)
+    ]
 
   def _change(self, field: str, old: Any, new: Any) -> str:
     if not any(f'{field}.'.startswith(f'{f}.') for f in _MAY_CHANGE):

@@ -70,7 +70,7 @@ def lift(
     abstract = [_abstract(leaves[i]) for i in traced]
     program, shapes = jax.make_jaxpr(flat, return_shape=True)(*abstract)
     inputs = [
-      Lazy(leaves[i], tree.join(entries[i][0]))
+      Lazy(leaves[i], tree.join(entries[i][0][1:]))
       if is_lazy(leaves[i])
       else leaves[i]
       for i in traced

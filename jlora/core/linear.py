@@ -59,7 +59,7 @@ def linear(
     mode only.
   """
   rows = functools.partial(jnp.reshape, shape=(-1, x.shape[-1]))
-  settings = (jnp.dtype(dtype or x.dtype), precision)
+  settings = (x.dtype, jnp.dtype(dtype or x.dtype), precision)
   branch = branch if branch is None else rows(branch)
   y = _linear(settings, rows(x), kernel, adapter, branch)
   return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -67,7 +67,7 @@ def linear(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(
-  settings: tuple[Any, Any],
+  settings: tuple[Any, Any, Any],
   x: jax.Array,
   kernel: Kernel,
   adapter: Adapter | None,
@@ -77,13 +77,13 @@ def _linear(
 
 
 def _forward(
-  settings: tuple[Any, Any],
+  settings: tuple[Any, Any, Any],
   x: jax.Array,
   kernel: Kernel,
   adapter: Adapter | None,
   branch: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-  dtype, precision = settings
+  _, dtype, precision = settings
   x = jax.lax.optimization_barrier(x)
   y = _dot(x, _dense(kernel), dtype, precision)
   if adapter is None:
@@ -97,22 +97,23 @@ def _forward(
 
 
 def _backward(
-  settings: tuple[Any, Any], saved: Any, g: jax.Array
+  settings: tuple[Any, Any, Any], saved: Any, g: jax.Array
 ) -> tuple[Any, ...]:
+  x_dtype, _, precision = settings
   kernel, adapter, reads, separate = saved
   # Without the barrier XLA would keep the forward pass's dense kernel alive
   # for this second use instead of decoding the codes again.
   g, kernel = jax.lax.optimization_barrier((g, kernel))
   dense = _dense(kernel)
-  dx = _dot(g, dense.T, dense.dtype, settings[1])
+  dx = _dot(g, dense.T, x_dtype, precision)
   if adapter is None:
     return jax.lax.optimization_barrier(dx), None, None, None
   read, low = reads
-  b = adapter.b.astype(dense.dtype).astype(jnp.float32)
+  b = adapter.b.astype(x_dtype).astype(jnp.float32)
   low_g = adapter.scale * _dot(g.astype(jnp.float32), b.T)
   db = adapter.scale * _dot(low.T, g.astype(jnp.float32))
   da = _dot(read.astype(jnp.float32).T, low_g)
-  a = adapter.a.astype(read.dtype).astype(jnp.float32)
+  a = adapter.a.astype(x_dtype).astype(jnp.float32)
   dread = _dot(low_g, a.T).astype(read.dtype)
   if not separate:
     dx, dread = dx + dread, None

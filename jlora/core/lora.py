@@ -12,11 +12,7 @@ import numpy as np
 from jlora.core import targets
 from jlora.core.axes import Axes
 from jlora.core.linear import Adapter, linear
-from jlora.core.quantized import (
-  QuantizedArray,
-  dequantize_leaf,
-  normalize_patterns,
-)
+from jlora.core.quantized import QuantizedArray, dequantize_leaf
 from jlora.errors import ConfigError
 
 
@@ -50,13 +46,16 @@ class LoraSpec:
 
   def __post_init__(self) -> None:
     """Checks the fields and turns lists and dicts into tuples."""
-    if self.rank != int(self.rank) or self.rank < 1:
-      raise ConfigError(f'lora.rank is {self.rank}; it must be 1 or more')
+    if not (self.rank >= 1 and self.rank % 1 == 0):
+      raise ConfigError(
+        f'lora.rank is {self.rank}; it must be a whole number, 1 or more'
+      )
+    object.__setattr__(self, 'rank', int(self.rank))
     if not (math.isfinite(self.alpha) and self.alpha > 0):
       raise ConfigError(f'lora.alpha is {self.alpha}; it must be above 0')
     if not 0 <= self.dropout < 1:
       raise ConfigError(f'lora.dropout is {self.dropout}; it must be in [0, 1)')
-    normalize_patterns(self, 'targets', 'exclude', 'train_full')
+    targets.normalize_patterns(self, 'targets', 'exclude', 'train_full')
 
   @property
   def scale(self) -> float:

@@ -7,7 +7,7 @@ puts both together lazily, `merge` as plain arrays.
 import dataclasses
 import functools
 import zlib
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from typing import Any
 
 import jax
@@ -71,8 +71,8 @@ def partition(
     ConfigError: A pattern matches nothing or the wrong kind of leaf, a rank
       exceeds its kernel, or nothing would be trained.
   """
-  leaves = tree.leaves_by_path(params, is_quantized)
-  if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves.values()):
+  arrays = jax.tree.leaves(params)
+  if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
     run = functools.partial(_partition, spec=spec, quant=quant)
     return jax.eval_shape(run, key, params)
   return _partition(key, params, spec, quant)
@@ -89,17 +89,26 @@ def _partition(
   }
   trainable |= {path: {'full': _as_float32(leaves[path])} for path in full}
 
-  def freeze(path: tuple[Any, ...], leaf: Any) -> Any:
+  frozen = freeze(params, full)
+  if quant is not None:
+    frozen = quantize(frozen, quant)
+  return frozen, tree.nest(trainable)
+
+
+def freeze(params: tree.Params, full: Container[str]) -> Any:
+  """Returns the parameters with a `Placeholder` for leaves trained whole.
+
+  Args:
+    params: Nested dict of leaves.
+    full: Paths of the leaves to leave out.
+  """
+
+  def visit(path: tuple[Any, ...], leaf: Any) -> Any:
     if tree.join(path) in full:
       return Placeholder(leaf.shape, jnp.dtype(leaf.dtype))
     return leaf
 
-  frozen = jax.tree_util.tree_map_with_path(
-    freeze, params, is_leaf=is_quantized
-  )
-  if quant is not None:
-    frozen = quantize(frozen, quant)
-  return frozen, tree.nest(trainable)
+  return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized)
 
 
 def plan(

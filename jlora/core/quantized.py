@@ -51,17 +51,19 @@ class QuantSpec:
         f'quant.block_size is {self.block_size}; it must be even and positive,'
         ' such as 64'
       )
-    normalize_patterns(self, 'targets', 'exclude')
+    if self.dtype is not None and not _is_float(self.dtype):
+      raise ConfigError(
+        f'quant.dtype {self.dtype!r} is no float type; use one such as'
+        " 'bfloat16', or None for the dtype of the leaf"
+      )
+    targets.normalize_patterns(self, 'targets', 'exclude')
 
 
-def normalize_patterns(spec: Any, *fields: str) -> None:
-  """Turns a frozen spec's pattern fields and its `axes` into tuples."""
-  for field in fields:
-    value = getattr(spec, field)
-    if value != targets.ALL_LINEAR:
-      value = targets.as_patterns(value, field)
-    object.__setattr__(spec, field, value)
-  object.__setattr__(spec, 'axes', targets.as_axes(spec.axes))
+def _is_float(dtype: Any) -> bool:
+  try:
+    return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+  except TypeError:
+    return False
 
 
 @functools.partial(

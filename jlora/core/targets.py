@@ -13,6 +13,8 @@ ALL_LINEAR = 'all-linear'
 
 def as_patterns(value: Any, field: str) -> tuple[str, ...]:
   """Returns one pattern, or a sequence of them, as a tuple."""
+  if not isinstance(value, str | list | tuple):
+    raise ConfigError(f'{field} is {value!r}; it takes patterns (str)')
   patterns = (value,) if isinstance(value, str) else tuple(value)
   for pattern in patterns:
     if not isinstance(pattern, str):
@@ -31,6 +33,16 @@ def as_axes(value: Any) -> axes_lib.Axes:
   for _, roles in axes:
     axes_lib.parse_roles(roles)
   return axes
+
+
+def normalize_patterns(spec: Any, *fields: str) -> None:
+  """Turns a frozen spec's pattern fields and its `axes` into tuples."""
+  for field in fields:
+    value = getattr(spec, field)
+    if value != ALL_LINEAR:
+      value = as_patterns(value, field)
+    object.__setattr__(spec, field, value)
+  object.__setattr__(spec, 'axes', as_axes(spec.axes))
 
 
 def select(

@@ -1,6 +1,7 @@
 """Everything that defines a run, resolved and checked."""
 
 import dataclasses
+import json
 from typing import Any
 
 from jlora.core.lora import LoraSpec
@@ -179,3 +180,7 @@ class RunSpec:
   def is_adapter(self) -> bool:
     """Whether the run trains adapters, as opposed to whole leaves only."""
     return bool(self.lora.targets)
+
+  def to_json(self) -> str:
+    """Returns the run as JSON with sorted keys; `config.from_json` reads it."""
+    return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + '\n'

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: the first finishes the step, the second leaves at once."""
+"""Signals: the first finishes the step, the second leaves at once."""
 
 import signal
 from types import FrameType

