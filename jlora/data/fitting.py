@@ -31,6 +31,7 @@ def fit(
 ) -> tuple[list[Example], Fit]:
   """Makes every example fit into a row.
 
+  A row of n places holds n + 1 tokens of an example, the last as a target.
   Plain text is split into windows that overlap by one token, so that every
   token is still learned once. Of a conversation the end is cut off; where no
   learned token would be left, it is dropped.
@@ -38,7 +39,7 @@ def fit(
   Args:
     examples: Examples at their full length.
     is_text: Of each, whether it is plain text.
-    max_length: Tokens a row.
+    max_length: Places in a row.
     max_lost: The largest share of examples that may be cut or dropped.
 
   Returns:
@@ -51,18 +52,18 @@ def fit(
   cut = dropped = split = 0
   for example, text in zip(examples, is_text, strict=True):
     pieces = _pieces(example, max_length, text)
-    long = len(example) > max_length
+    long = example.places > max_length
     split += long and text
     cut += long and not text and bool(pieces)
     dropped += not pieces
     fitted += pieces
   lost, n = cut + dropped, len(examples)
   if not fitted or lost > max_lost * n:
-    longest = max((len(example) for example in examples), default=0)
+    longest = max((example.places for example in examples), default=0)
     raise DataError(
       f'{lost} of {n} examples lose their answer or its end at'
       f' data.max_length={max_length} ({cut} cut, {dropped} dropped, at most'
-      f' {max_lost:.0%} may be); the longest has {longest} tokens: raise'
+      f' {max_lost:.0%} may be); the longest takes {longest} places: raise'
       ' data.max_length or shorten the data'
     )
   return fitted, Fit(cut, dropped, split)
@@ -70,10 +71,13 @@ def fit(
 
 def _pieces(example: Example, max_length: int, text: bool) -> list[Example]:
   """Returns the parts of an example that are kept, each within a row."""
-  stride = max_length - 1
-  starts = range(0, max(len(example) - 1, 1), stride) if text else (0,)
-  pieces = [_window(example, start, max_length) for start in starts]
-  return [piece for piece in pieces if piece.loss_mask.any()]
+  if example.places <= max_length:
+    starts, length = (0,), len(example)
+  else:
+    starts = range(0, example.places, max_length) if text else (0,)
+    length = max_length + 1
+  pieces = [_window(example, start, length) for start in starts]
+  return [piece for piece in pieces if piece.places]
 
 
 def _window(example: Example, start: int, length: int) -> Example:

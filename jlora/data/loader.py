@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.data.batch import Batch
-from jlora.data.packing import make_batch, pack_rows, row_length
+from jlora.data.packing import make_batch, pack_rows
 from jlora.data.tokens import Example
 from jlora.errors import DataError
 
@@ -52,7 +52,7 @@ class Loader:
     self.batch_size = batch_size
     self.max_length = max_length
     self._examples = examples
-    self._lengths = np.array([row_length(e) for e in examples])
+    self._lengths = np.array([e.places for e in examples])
     self._pack = pack
     self._seed = seed
     self._starts = [0]  # first step of every epoch that is known
@@ -124,7 +124,9 @@ class Loader:
     bits = np.random.Philox(key=[self._seed, epoch])
     order = np.argsort(bits.random_raw(len(self)), kind='stable')
     rows = _rows(self._lengths[order], self.max_length, self._pack)
-    rows = [rows[i] for i in np.argsort(bits.random_raw(len(rows)))]
+    rows = [
+      rows[i] for i in np.argsort(bits.random_raw(len(rows)), kind='stable')
+    ]
     return [[int(order[i]) for i in row] for row in rows]
 
 
@@ -152,7 +154,7 @@ def eval_batches(
     max_length: Places a row.
     pack: Whether examples share rows.
   """
-  lengths = np.array([row_length(e) for e in examples], int)
+  lengths = np.array([e.places for e in examples], int)
   rows = _rows(lengths, max_length, pack)
   return [
     make_batch(
@@ -182,6 +184,6 @@ def packing_efficiency(
   examples: Sequence[Example], *, max_length: int, pack: bool
 ) -> float:
   """Returns the share of places in rows that hold a token."""
-  lengths = np.array([row_length(e) for e in examples], int)
+  lengths = np.array([e.places for e in examples], int)
   rows = _rows(lengths, max_length, pack)
   return float(lengths.sum()) / (len(rows) * max_length)

@@ -12,15 +12,6 @@ from jlora.errors import DataError
 _WINDOW = 1024  # examples that are sorted and packed together
 
 
-def row_length(example: Example) -> int:
-  """Returns the places an example takes in a row.
-
-  The last learned token is a target only, and nothing after it can change the
-  loss: neither takes a place.
-  """
-  return int(np.flatnonzero(example.loss_mask)[-1])
-
-
 def pack_rows(lengths: Sequence[int], row: int) -> list[list[int]]:
   """Packs by best fit decreasing, one window of examples after another.
 
@@ -76,7 +67,7 @@ def make_batch(
   for i, examples in enumerate(rows):
     start = 0
     for segment, example in enumerate(examples, 1):
-      n = row_length(example)
+      n = example.places
       place = (i, slice(start, start + n))
       tokens[place] = example.tokens[:n]
       targets[place] = example.tokens[1 : n + 1]

@@ -38,6 +38,15 @@ class Example:
     """Returns the number of tokens."""
     return len(self.tokens)
 
+  @property
+  def places(self) -> int:
+    """The places it takes in a row.
+
+    The last learned token is a target only, and nothing after it can change
+    the loss: neither takes a place. 0 where nothing is learned.
+    """
+    return int(np.flatnonzero(self.loss_mask).max(initial=0))
+
 
 def check_template(tokenizer: Tokenizer) -> None:
   """Requires a chat template.

@@ -1,6 +1,7 @@
 """A base with or without an adapter, ready to generate or to be merged."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import warnings
@@ -14,8 +15,8 @@ from jlora.checkpoints.bases import Base, open_base
 from jlora.checkpoints.peft import load_adapter
 from jlora.checkpoints.placement import load_params
 from jlora.core.lift import lift
-from jlora.core.lora import LoraSpec
-from jlora.core.partition import combine, freeze, merge
+from jlora.core.lora import LoraSpec, densify, is_lazy
+from jlora.core.partition import combine, freeze
 from jlora.core.quantized import QuantSpec
 from jlora.models import families
 from jlora.models.decoder import Decoder
@@ -34,6 +35,7 @@ class Tuned:
     quant: How the base is quantized here, or None.
     dtype: What it computes in.
     apply: The lifted decoder.
+    metadata: What the adapter says of its training; empty without one.
   """
 
   base: Base
@@ -43,6 +45,7 @@ class Tuned:
   quant: QuantSpec | None
   dtype: Any
   apply: Callable[..., Any]
+  metadata: dict[str, Any]
 
   @property
   def params(self) -> Any:
@@ -57,8 +60,8 @@ class Tuned:
     Args:
       dtype: Of every leaf; sums are formed in float32 and rounded once.
     """
-    spec = self.spec or LoraSpec(targets=())
-    return merge(self.frozen, self.trainable, spec, dtype=dtype)
+    cast = functools.partial(densify, dtype=dtype)
+    return jax.tree.map(cast, self.params, is_leaf=is_lazy)
 
 
 def load_tuned(
@@ -108,6 +111,7 @@ def load_tuned(
     quant=quant,
     dtype=compute,
     apply=lift(Decoder(base.config, dtype=compute).apply),
+    metadata=adapter.metadata if adapter else {},
   )
 
 

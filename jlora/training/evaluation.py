@@ -1,12 +1,17 @@
 """The held-out loss, and answers to held-out prompts."""
 
 import dataclasses
+import pathlib
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
-from jlora.core.partition import combine
+from jlora.checkpoints.adapters import check_fingerprint
+from jlora.checkpoints.bases import open_base
+from jlora.checkpoints.peft import load_adapter
+from jlora.core.partition import combine, partition
 from jlora.data.conversations import Conversation
 from jlora.data.tokens import prompt_tokens
 from jlora.inference.sampler import generate
@@ -105,3 +110,42 @@ def complete(
   )
   decode = job.base.tokenizer.decode
   return [decode(tokens, skip_special_tokens=True) for tokens in outputs]
+
+
+def load_trained(job: Job, result: pathlib.Path) -> Any:
+  """Returns the trained half of the parameters as a run wrote it.
+
+  Args:
+    job: The run.
+    result: Its `adapter` folder, or `model` where everything was trained.
+
+  Raises:
+    AdapterError: The adapter is damaged or belongs to another base.
+  """
+  if job.spec.is_adapter:
+    adapter = load_adapter(result, job.base.config)
+    check_fingerprint(adapter.metadata, job.base.sha256)
+    return adapter.trainable
+  params = open_base(str(result)).load_params()
+  _, trainable = partition(jax.random.key(0), params, job.spec.lora)
+  return trainable
+
+
+def evaluate_both(job: Job, trainable: Any) -> dict[str, dict[str, float]]:
+  """Returns the scores of the base and of the tuned model.
+
+  Args:
+    job: The run; its state is the base.
+    trainable: The trained half of the parameters.
+  """
+  halves = {'base': job.state.trainable, 'tuned': trainable}
+  scores = {}
+  for name, half in halves.items():
+    loss = held_out_loss(job, half)
+    scores[name] = {
+      'eval_loss': loss.loss,
+      'perplexity': loss.perplexity,
+      'tokens': loss.tokens,
+      **answer(job, half).fields(),
+    }
+  return scores

@@ -70,7 +70,7 @@ def test_a_tokenizer_larger_than_the_embedding_is_refused(folder):
   larger = base.model.load_tokenizer()
   larger.add_tokens(['<one more>'])
   larger.save_pretrained(folder)
-  with pytest.raises(BaseModelError, match='301 tokens.* 300 rows'):
+  with pytest.raises(BaseModelError, match=r'301 tokens.* 300 rows'):
     bases.open_base(str(folder)).tokenizer.encode('')
 
 

@@ -162,6 +162,6 @@ def test_no_pickle_and_no_code_is_asked_of_a_hub(monkeypatch):
 
 def test_a_hub_that_is_not_reached_is_one_sentence(tmp_path, monkeypatch):
   monkeypatch.setattr('huggingface_hub.constants.HF_HUB_CACHE', str(tmp_path))
-  with pytest.raises(BaseModelError, match="'owner/name'.*local") as caught:
+  with pytest.raises(BaseModelError, match=r"'owner/name'.*local") as caught:
     downloads.fetch_hub('owner/name')
   assert '\n' not in str(caught.value)

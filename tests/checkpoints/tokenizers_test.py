@@ -10,8 +10,9 @@ from jlora.errors import BaseModelError
 PARTS = (
   'hello', ' World', ' the', "don't", "I'LL", 'naïve', 'é', 'ß', 'İ', '𝔘',
   'a' * 30, '中文字', '日本語', '🙂', '👩‍👩‍👧', '\u200d', '\ufeff',
-  '\u00a0', '\u3000', ' ', '  ', '    ', '\n', '\n\n', '\r\n', '\t', '\x00', '\x7f', '1',
-  '42', '3.14', '１２', '½', '²', '०१', 'def f(x):\n    return x ** 2', '{"a": [1, 2]}', '==',
+  '\u00a0', '\u3000', ' ', '  ', '    ', '\n', '\n\n', '\r\n', '\t', '\x00', '\x7f',
+  '1', '42', '3.14', '１２', '½', '²', '०१', '{"a": [1, 2]}', '==',
+  'def f(x):\n    return x ** 2',
   'http://x.y/z?q=1&r=2', '<|im_start|>', '<|im_end|>', '<|endoftext|>',
   '<|im_', 'user\n', '<repo_name>',
 )  # fmt: skip

@@ -124,13 +124,6 @@ def test_dropout_equals_a_loop_over_layers_with_masks_by_hand(quant):
   assert_near(jlora.lift(scanned)({'kernel': leaf}, x), h)
 
 
-def test_a_key_without_dropout_changes_nothing(make_case):
-  case = make_case()
-  with_key = lifted_loss(case, case.trainable, jax.random.key(0))
-  without = lifted_loss(case, case.trainable)
-  jax.tree.map(np.testing.assert_array_equal, with_key, without)
-
-
 def test_in_bfloat16_lift_and_merge_differ_by_their_roundings():
   keys = jax.random.split(jax.random.key(0), 3)
   params = {'kernel': jax.random.normal(keys[0], (64, 48), jnp.bfloat16)}

@@ -11,7 +11,7 @@ def fit_one(example, max_length, is_text=False, max_lost=1.0):
 
 
 def test_what_fits_is_left_alone(make_examples):
-  examples = make_examples([8, 3])
+  examples = make_examples([9, 3])
   fitted, counts = fit(examples, [False, True], max_length=8)
   assert counts == Fit()
   for before, after in zip(examples, fitted, strict=True):
@@ -21,29 +21,36 @@ def test_what_fits_is_left_alone(make_examples):
 
 def test_a_long_conversation_loses_its_end(make_examples):
   (example,) = make_examples([10])
-  (cut,), counts = fit_one(example, 7)
+  (cut,), counts = fit_one(example, 6)
   np.testing.assert_array_equal(cut.tokens, example.tokens[:7])
   np.testing.assert_array_equal(cut.loss_mask, example.loss_mask[:7])
   assert counts == Fit(cut=1)
 
 
+def test_losing_what_is_not_learned_is_no_loss():
+  mask = np.array([0, 0, 1, 1, 0, 0, 0], bool)
+  example = Example(np.arange(7, dtype=np.int32), mask)
+  assert fit_one(example, 3)[1] == Fit()
+  assert fit_one(example, 2)[1] == Fit(cut=1)
+
+
 def test_a_conversation_without_an_answer_left_is_dropped(make_examples):
   short, long = make_examples([4, 10])
   fitted, counts = fit(
-    [short, long], [False, False], max_length=5, max_lost=1.0
+    [short, long], [False, False], max_length=4, max_lost=1.0
   )
   assert len(fitted) == 1
   assert counts == Fit(dropped=1)
 
 
-@pytest.mark.parametrize('n', [8, 9, 15, 16, 22, 100])
+@pytest.mark.parametrize('n', [2, 8, 9, 10, 17, 18, 100])
 def test_a_long_text_loses_no_target(n):
   tokens = np.arange(n, dtype=np.int32)
   pieces, counts = fit_one(Example(tokens, tokens > 0), 8, is_text=True)
   targets = np.concatenate([p.tokens[p.loss_mask] for p in pieces])
   np.testing.assert_array_equal(targets, tokens[1:])
-  assert all(len(p) <= 8 and not p.loss_mask[0] for p in pieces)
-  assert counts == Fit(split=int(n > 8))
+  assert all(p.places <= 8 and not p.loss_mask[0] for p in pieces)
+  assert counts == Fit(split=int(n > 9))
 
 
 @pytest.mark.parametrize(('long', 'refused'), [(1, False), (2, True)])
@@ -57,5 +64,5 @@ def test_more_than_a_tenth_lost_is_refused(make_examples, long, refused):
 
 
 def test_nothing_left_is_refused(make_examples):
-  with pytest.raises(DataError, match='1 of 1 examples.*the longest has 20'):
+  with pytest.raises(DataError, match=r'1 of 1 examples.*longest takes 19'):
     fit_one(make_examples([20])[0], 5)

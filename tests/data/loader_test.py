@@ -63,17 +63,13 @@ def test_epochs_and_seeds_differ(examples):
 
 
 def test_the_order_is_the_same_on_every_machine():
-  # Drawn with the raw bits of numpy.random.Philox(key=[seed, epoch]), which
-  # Salmon et al. (2011) define; written down once, with NumPy 2.
+  # Two argsorts of the raw bits of numpy.random.Philox(key=[3, 0]), NumPy 2.4.
   examples = [
     Example(np.array([i, i], np.int32), np.array([False, True]))
     for i in range(8)
   ]
   loader = Loader(examples, batch_size=8, max_length=1, seed=3, pack=False)
-  assert loader.batch(0).tokens[:, 0].tolist() == GOLDEN
-
-
-GOLDEN = [0, 1, 2, 3, 4, 5, 6, 7]
+  assert loader.batch(0).tokens[:, 0].tolist() == [*(4, 2, 6, 5, 1, 0, 7, 3)]
 
 
 def test_the_last_batch_of_an_epoch_is_completed_with_empty_rows(examples):

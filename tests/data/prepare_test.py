@@ -21,7 +21,7 @@ def test_a_task_is_ready_to_train_and_to_score(tokenizer):
     'reasoning_gym:family_relationships',
     None,
     tokenizer,
-    max_length=256,
+    max_length=512,
     train_examples=30,
     eval_examples=20,
   )

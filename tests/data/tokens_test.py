@@ -9,7 +9,7 @@ from jlora.data.conversations import (
   make_exchange,
   make_text,
 )
-from jlora.data.tokens import prompt_tokens, tokenize
+from jlora.data.tokens import Example, prompt_tokens, tokenize
 from jlora.errors import DataError
 
 CHAT = Conversation(
@@ -77,7 +77,7 @@ def test_the_prompt_comes_before_the_first_learned_token(tokenizer):
 
 
 def test_a_token_across_the_border_is_learned(make_tokenizer):
-  # '<|a|>the' is not special here, so that ' the' joins header and answer.
+  # The header ends in a space, which byte-level BPE joins to the next word.
   template = (
     "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + eos_token }}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
@@ -121,6 +121,12 @@ def test_text_is_learned_but_for_its_first_token(tokenizer):
   assert example.loss_mask[1:].all()
 
 
+def test_nothing_after_the_last_learned_token_takes_a_place():
+  mask = np.array([0, 0, 1, 1, 0, 0], bool)
+  assert Example(np.arange(6, dtype=np.int32), mask).places == 3
+  assert Example(np.arange(6, dtype=np.int32), mask & False).places == 0
+
+
 def test_a_template_that_rewrites_the_past_is_refused(make_tokenizer):
   template = (
     "{% for m in messages %}{{ m['role'] }}:"
@@ -134,7 +140,7 @@ def test_a_template_that_rewrites_the_past_is_refused(make_tokenizer):
 
 def test_a_template_that_refuses_a_role_says_so(make_tokenizer):
   template = "{{ raise_exception('no system role') }}"
-  with pytest.raises(DataError, match='user, assistant.*no system role'):
+  with pytest.raises(DataError, match=r'user, assistant.*no system role'):
     tokenize(make_exchange('a', 'b'), make_tokenizer(template))
 
 

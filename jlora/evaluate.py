@@ -1,0 +1,45 @@
+r"""Measures base and tuned model on a run's held-out data.
+
+  python -m jlora.evaluate --run=DIR
+
+Prints loss, perplexity and, for tasks with a verifier, exact match of both,
+and writes them to evaluation.json in the run folder.
+"""
+
+import pathlib
+
+from absl import flags
+
+from jlora import door
+from jlora.errors import ConfigError
+
+_RUN = flags.DEFINE_string('run', None, 'Run folder.')
+
+
+def main() -> None:
+  """Checks the flags, then evaluates."""
+  if _RUN.value is None:
+    raise ConfigError('--run is missing; name a run folder, such as runs/qlora')
+  from jlora import runs
+
+  spec = runs.load_spec(_RUN.value)
+  result = runs.result_of(_RUN.value, spec)
+
+  from rich.console import Console
+
+  from jlora.training.evaluation import evaluate_both, load_trained
+  from jlora.training.job import build
+  from jlora.training.report import to_json
+
+  console = Console(soft_wrap=True)
+  job = build(spec, console)
+  scores = evaluate_both(job, load_trained(job, result))
+  for name, fields in scores.items():
+    values = (f'{key} {value:.4g}' for key, value in fields.items())
+    console.print(f'{name}: {", ".join(values)}', highlight=False)
+  path = pathlib.Path(_RUN.value) / 'evaluation.json'
+  path.write_text(to_json(scores))
+
+
+if __name__ == '__main__':
+  door.enter(main)

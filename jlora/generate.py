@@ -1,0 +1,78 @@
+r"""Answers a prompt, word by word.
+
+python -m jlora.generate --run=DIR --prompt=TEXT
+python -m jlora.generate --base=B [--adapter=DIR] --prompt=TEXT
+"""
+
+from absl import flags
+
+from jlora import door
+from jlora.errors import ConfigError
+
+_RUN = flags.DEFINE_string('run', None, 'Run folder.')
+_BASE = flags.DEFINE_string('base', None, 'Base model, where there is no run.')
+_ADAPTER = flags.DEFINE_string('adapter', None, 'Adapter folder on the base.')
+_PROMPT = flags.DEFINE_string('prompt', None, 'What to ask.')
+_SYSTEM = flags.DEFINE_string('system', None, 'System turn before the prompt.')
+_RAW = flags.DEFINE_bool('raw', False, 'Continue the text; no chat template.')
+_TOKENS = flags.DEFINE_integer('max_new_tokens', 128, 'Longest answer.')
+_TEMPERATURE = flags.DEFINE_float('temperature', 0.0, '0 is greedy.')
+_TOP_K = flags.DEFINE_integer('top_k', None, 'Sample from the k likeliest.')
+_TOP_P = flags.DEFINE_float('top_p', None, 'Sample from this share.')
+_SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
+_ANY_BASE = flags.DEFINE_bool(
+  'allow_other_base', False, 'Accept an adapter that another base was part of.'
+)
+
+
+def main() -> None:
+  """Checks the flags, then generates."""
+  if not _PROMPT.value:
+    raise ConfigError("--prompt is missing; try --prompt='Hello!'")
+  from jlora import runs
+  from jlora.data.conversations import Conversation, Message
+  from jlora.data.tokens import prompt_tokens
+  from jlora.inference.sampler import stream, text_pieces
+  from jlora.inference.sampling import Sampling
+
+  sampling = Sampling(
+    temperature=_TEMPERATURE.value,
+    top_k=_TOP_K.value,
+    top_p=_TOP_P.value,
+    max_new_tokens=_TOKENS.value,
+    seed=_SEED.value,
+  )
+  tuned = runs.open_model(
+    _RUN.value,
+    _BASE.value,
+    _ADAPTER.value,
+    allow_other_base=_ANY_BASE.value,
+  )
+  tokenizer = tuned.base.tokenizer
+  if _RAW.value:
+    prompt = tokenizer(_PROMPT.value, return_tensors='np')['input_ids'][0]
+  else:
+    turns = [Message('user', _PROMPT.value), Message('assistant', '')]
+    if _SYSTEM.value is not None:
+      turns.insert(0, Message('system', _SYSTEM.value))
+    prompt = prompt_tokens(Conversation(tuple(turns)), tokenizer)
+  tokens = stream(
+    tuned.apply,
+    tuned.params,
+    tuned.base.config,
+    prompt,
+    sampling,
+    eos_token_ids=tuned.base.eos_token_ids,
+    dtype=tuned.dtype,
+  )
+
+  def decode(ids: list[int]) -> str:
+    return tokenizer.decode(ids, skip_special_tokens=True)
+
+  for piece in text_pieces(tokens, decode):
+    print(piece, end='', flush=True)
+  print()
+
+
+if __name__ == '__main__':
+  door.enter(main)

@@ -1,0 +1,80 @@
+"""Run folders, opened again after training."""
+
+import os
+import pathlib
+
+from jlora import config
+from jlora.errors import ConfigError
+from jlora.inference.tuned import Tuned, load_tuned
+from jlora.training.run_spec import RunSpec
+
+
+def load_spec(run: os.PathLike[str] | str) -> RunSpec:
+  """Returns the resolved config that a run folder holds.
+
+  Args:
+    run: The folder, as `jlora.train` left it.
+
+  Raises:
+    ConfigError: It is no run folder.
+  """
+  path = pathlib.Path(run) / 'config.json'
+  if not path.is_file():
+    raise ConfigError(
+      f'{str(run)!r} is no run folder: it has no config.json; train with'
+      f' --workdir={run} first'
+    )
+  return config.from_json(path.read_text())
+
+
+def result_of(run: os.PathLike[str] | str, spec: RunSpec) -> pathlib.Path:
+  """Returns where a run put what it trained: `adapter`, or a whole `model`.
+
+  Args:
+    run: The folder.
+    spec: Its config.
+
+  Raises:
+    ConfigError: The run has not ended.
+  """
+  path = pathlib.Path(run) / ('adapter' if spec.is_adapter else 'model')
+  if not path.is_dir():
+    raise ConfigError(
+      f'{str(run)!r} has no {path.name} folder yet; let its training end'
+    )
+  return path
+
+
+def open_model(
+  run: str | None,
+  base: str | None,
+  adapter: str | None,
+  *,
+  allow_other_base: bool = False,
+) -> Tuned:
+  """Opens what the flags of a front door name.
+
+  Args:
+    run: A run folder, or None.
+    base: A base, where there is no run.
+    adapter: An adapter on that base, or None.
+    allow_other_base: Whether an adapter of another base is accepted.
+
+  Raises:
+    ConfigError: The flags name nothing, or too much.
+  """
+  if (run is None) == (base is None):
+    raise ConfigError(
+      f'--run is {run!r} and --base is {base!r}; give exactly one of them'
+    )
+  if run is None:
+    return load_tuned(base, adapter, allow_other_base=allow_other_base)
+  if adapter is not None:
+    raise ConfigError(
+      f'--adapter={adapter} goes with --base; a run has its own adapter'
+    )
+  spec = load_spec(run)
+  result = result_of(run, spec)
+  if not spec.is_adapter:
+    return load_tuned(str(result), dtype=spec.train.dtype)
+  return load_tuned(spec.base, result, quant=spec.quant, dtype=spec.train.dtype)
