@@ -1,10 +1,103 @@
-"""Settings of every test: strict ranks and no hub."""
+"""Settings of every test, and a tiny base and data for whole commands."""
 
+import dataclasses
+import json
 import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
 
 os.environ.setdefault('HF_HUB_OFFLINE', '1')
 os.environ.setdefault('HF_DATASETS_OFFLINE', '1')
 
 import jax
+import numpy as np
+import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
+
+ROOT = pathlib.Path(__file__).parents[1]
+TEMPLATE = (
+  "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
+  '<|im_end|>\n{% endfor %}'
+  '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
+)
+
+
+@pytest.fixture(scope='session')
+def tiny_base(tmp_path_factory):
+  """A Hugging Face folder: two random layers and a byte-level tokenizer."""
+  from jlora.checkpoints.hf import save_folder
+  from jlora.core.tree import nest
+  from jlora.models import families
+  from jlora.models.config import DecoderConfig
+
+  config = DecoderConfig(
+    vocab_size=320,
+    embed_dim=64,
+    mlp_dim=128,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+    max_positions=256,
+  )
+  random = np.random.default_rng(0)
+  leaves = {
+    w.path: np.ones(w.shape, 'f4')
+    if w.path.endswith('scale')
+    else random.normal(0, 0.1, w.shape).astype('f4')
+    for w in families.weights(config)
+  }
+  folder = tmp_path_factory.mktemp('base') / 'tiny'
+  save_folder(folder, config, nest(leaves), _make_tokenizer())
+  return folder
+
+
+def _make_tokenizer():
+  import tokenizers
+  import transformers
+  from tokenizers import decoders, models, pre_tokenizers, trainers
+
+  inner = tokenizers.Tokenizer(models.BPE())
+  inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  inner.decoder = decoders.ByteLevel()
+  trainer = trainers.BpeTrainer(
+    vocab_size=300,
+    special_tokens=['<|endoftext|>', '<|im_start|>', '<|im_end|>'],
+    initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    show_progress=False,
+  )
+  inner.train_from_iterator(['user assistant what is the answer'] * 9, trainer)
+  return transformers.PreTrainedTokenizerFast(
+    tokenizer_object=inner,
+    chat_template=TEMPLATE,
+    bos_token='<|endoftext|>',
+    eos_token='<|im_end|>',
+    pad_token='<|endoftext|>',
+  )
+
+
+@pytest.fixture(scope='session')
+def tiny_data(tmp_path_factory):
+  """Forty sums as prompt and completion."""
+  rows = [
+    {'prompt': f'what is {i} + {j}?', 'completion': str(i + j)}
+    for i in range(8)
+    for j in range(5)
+  ]
+  path = tmp_path_factory.mktemp('data') / 'sums.jsonl'
+  path.write_text(''.join(json.dumps(row) + '\n' for row in rows))
+  return path
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+  """What a command left: exit code, both streams, and its seconds."""
+
+  rc: int
+  stdout: str
+  stderr: str
+  seconds: float

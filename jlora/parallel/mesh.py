@@ -1,5 +1,6 @@
 """The mesh of devices and what lies where on it."""
 
+import math
 from typing import Any
 
 import jax
@@ -31,23 +32,38 @@ def make_mesh(
     ConfigError: The axes do not multiply to the number of devices.
   """
   devices = np.asarray(jax.devices() if devices is None else devices)
-  sizes = {'data': data, 'fsdp': fsdp, 'tensor': tensor}
-  free = [axis for axis, size in sizes.items() if size == -1]
-  fixed = int(np.prod([size for size in sizes.values() if size != -1]))
-  if len(free) == 1 and fixed > 0:
-    sizes[free[0]] = devices.size // fixed
-  if min(sizes.values()) < 1 or np.prod(list(sizes.values())) != devices.size:
-    raise ConfigError(
-      f'mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit'
-      f' {devices.size} devices; their product must be {devices.size}, with at'
-      ' most one -1 for what is left'
-    )
+  shape = sizes(data, fsdp, tensor, devices.size)
   # Auto: look-ups by index fail on the Explicit axes that jax defaults to.
   return Mesh(
-    devices.reshape(tuple(sizes.values())),
-    AXES,
-    axis_types=(AxisType.Auto,) * len(AXES),
+    devices.reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES)
   )
+
+
+def sizes(
+  data: int, fsdp: int, tensor: int, devices: int
+) -> tuple[int, int, int]:
+  """Returns the axes' sizes with -1 replaced by what is left.
+
+  Args:
+    data: As in `make_mesh`.
+    fsdp: As in `make_mesh`.
+    tensor: As in `make_mesh`.
+    devices: How many there are.
+
+  Raises:
+    ConfigError: As in `make_mesh`.
+  """
+  asked = (data, fsdp, tensor)
+  fixed = math.prod(size for size in asked if size != -1)
+  left = devices // fixed if fixed > 0 else 0
+  found = tuple(left if size == -1 else size for size in asked)
+  if asked.count(-1) > 1 or min(found) < 1 or math.prod(found) != devices:
+    raise ConfigError(
+      f'mesh data={data}, fsdp={fsdp}, tensor={tensor} does not fit {devices}'
+      f' devices; their product must be {devices}, with at most one -1 for'
+      ' what is left'
+    )
+  return found
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -19,7 +19,8 @@ class OptimSpec:
 
   Attributes:
     learning_rate: Peak learning rate.
-    schedule: 'constant', or 'cosine' down to zero at the last step.
+    schedule: 'constant', or 'cosine', which would reach zero one step after
+      the last.
     warmup: Steps of linear warmup from zero.
     weight_decay: Decoupled weight decay; none on norms, biases, magnitudes.
     clip: Largest global norm of a gradient; 0 for no clipping.
@@ -39,19 +40,24 @@ class OptimSpec:
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    if not 0 < self.learning_rate < float('inf'):
-      raise ConfigError(
-        f'optim.learning_rate is {self.learning_rate}; it must be above 0 and'
-        ' finite, such as 2e-4'
-      )
+    rate, inf = self.learning_rate, float('inf')
+    self._require(
+      'learning_rate', 0 < rate < inf, 'above 0 and finite, such as 2e-4'
+    )
     if self.schedule not in SCHEDULES:
       known = ', '.join(map(repr, SCHEDULES))
       raise ConfigError(f'optim.schedule {self.schedule!r} is none of {known}')
     for field in ('warmup', 'weight_decay', 'clip'):
-      if not getattr(self, field) >= 0:
-        raise ConfigError(
-          f'optim.{field} is {getattr(self, field)}; it must be 0 or more'
-        )
+      self._require(field, 0 <= getattr(self, field) < inf, '0 or more')
+    for field in ('b1', 'b2'):
+      self._require(field, 0 <= getattr(self, field) < 1, 'in [0, 1)')
+    self._require('eps', 0 < self.eps < inf, 'above 0')
+
+  def _require(self, field: str, holds: bool, wanted: str) -> None:
+    if not holds:
+      raise ConfigError(
+        f'optim.{field} is {getattr(self, field)}; it must be {wanted}'
+      )
 
 
 def make_schedule(spec: OptimSpec, steps: int) -> optax.Schedule:

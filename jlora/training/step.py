@@ -98,7 +98,7 @@ def make_step(
     )
     share = 1 / jnp.maximum(tokens, 1)
     grads = jax.tree.map(lambda g: g * share, grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)

@@ -1,0 +1,135 @@
+"""A tiny run: a decoder, both halves of its parameters, and packed batches."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import jlora
+from jlora.data.batch import Batch
+from jlora.models import families
+from jlora.models.config import DecoderConfig
+from jlora.models.decoder import Decoder
+from jlora.training.optimizers import OptimSpec, make_optimizer
+from jlora.training.step import make_loss
+
+TINY = DecoderConfig(
+  vocab_size=160,
+  embed_dim=64,
+  mlp_dim=96,
+  layers=2,
+  heads=4,
+  kv_heads=2,
+  head_dim=16,
+)
+SMOLLM2 = DecoderConfig(
+  vocab_size=49152,
+  embed_dim=576,
+  mlp_dim=1536,
+  layers=30,
+  heads=9,
+  kv_heads=3,
+  head_dim=64,
+  rope_theta=1e5,
+)
+
+
+@dataclasses.dataclass
+class Run:
+  """What a training step is made of."""
+
+  model: Decoder
+  spec: jlora.LoraSpec
+  frozen: Any
+  trainable: Any
+  tx: optax.GradientTransformation
+  loss_fn: Any
+
+  def state(self):
+    """A fresh state, whose buffers a step may take."""
+    trainable = jax.tree.map(jnp.copy, self.trainable)
+    return jlora.TrainState(jnp.int32(0), trainable, self.tx.init(trainable))
+
+
+@pytest.fixture(scope='session')
+def sizes():
+  return {'tiny': TINY, 'smollm2': SMOLLM2}
+
+
+@pytest.fixture(scope='session')
+def make_params():
+  """Initializes a decoder, or gives the shapes of its parameters only."""
+
+  def make(config, abstract=False):
+    def init():
+      tokens = jnp.zeros((1, 2), jnp.int32)
+      return Decoder(config).init(jax.random.key(0), tokens)['params']
+
+    return jax.eval_shape(init) if abstract else jax.jit(init)()
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def make_run(make_params):
+  """Builds a Run; keywords of `LoraSpec` come last."""
+
+  def make(
+    config=TINY,
+    *,
+    remat='full',
+    quant=True,
+    unroll=1,
+    chunk=16,
+    abstract=False,
+    optim=None,
+    **fields,
+  ):
+    spec = jlora.LoraSpec(**({'rank': 4} | fields))
+    spec = families.resolve(spec, config)
+    four_bit = families.resolve(jlora.QuantSpec(), config) if quant else None
+    model = Decoder(config, remat=remat, unroll=unroll)
+    frozen, trainable = jlora.partition(
+      jax.random.key(1), make_params(config, abstract), spec, quant=four_bit
+    )
+    optim = optim or OptimSpec(learning_rate=1e-2, schedule='constant')
+    return Run(
+      model=model,
+      spec=spec,
+      frozen=frozen,
+      trainable=trainable,
+      tx=make_optimizer(optim, 20, trainable),
+      loss_fn=make_loss(
+        model, spec, chunk=chunk, frozen_head=not spec.train_full
+      ),
+    )
+
+  return make
+
+
+@pytest.fixture(scope='session')
+def make_batch():
+  """Draws a batch; the rows train very different numbers of tokens."""
+
+  def make(rows=8, length=16, seed=0):
+    random = np.random.default_rng(seed)
+    tokens = random.integers(0, 160, (rows, length + 1))
+    lengths = 1 + np.arange(rows) * (length - 1) // max(rows - 1, 1)
+    mask = np.arange(length)[None] < lengths[:, None]
+    half = length // 2
+    positions = np.concatenate([np.arange(half), np.arange(length - half)])
+    return Batch(
+      tokens=jnp.asarray(tokens[:, :-1], jnp.int32),
+      targets=jnp.asarray(tokens[:, 1:], jnp.int32),
+      loss_mask=jnp.asarray(mask, jnp.float32),
+      segment_ids=jnp.asarray(
+        np.tile(1 + (np.arange(length) >= half), (rows, 1)), jnp.int32
+      ),
+      positions=jnp.asarray(np.tile(positions, (rows, 1)), jnp.int32),
+    )
+
+  return make

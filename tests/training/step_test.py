@@ -1,0 +1,291 @@
+import dataclasses
+import functools
+import os
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.extend import core as jex
+
+import jlora
+from jlora.data.batch import Batch
+from jlora.parallel.mesh import make_mesh
+from jlora.training.step import make_evaluation, make_step
+
+
+def one_device():
+  return make_mesh(devices=jax.devices()[:1])
+
+
+def abstract_batch(rows, length):
+  whole = jax.ShapeDtypeStruct((rows, length), jnp.int32)
+  mask = jax.ShapeDtypeStruct((rows, length), jnp.float32)
+  return Batch(whole, whole, mask, whole, whole)
+
+
+def abstract_state(run):
+  opt_state = jax.eval_shape(run.tx.init, run.trainable)
+  step = jax.ShapeDtypeStruct((), jnp.int32)
+  return jlora.TrainState(step, run.trainable, opt_state)
+
+
+def compile_step(run, rows, length):
+  step = make_step(run.loss_fn, run.tx, one_device())
+  batch = abstract_batch(rows, length)
+  return step.lower(abstract_state(run), run.frozen, batch).compile()
+
+
+def temp_of(compiled):
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+def plain_loss(run, batch):
+  """Mean loss over trained tokens, through merge and all logits at once."""
+  params = jlora.merge(run.frozen, run.trainable, run.spec)
+  logits = run.model.apply(
+    {'params': params}, batch.tokens, batch.positions, batch.segment_ids
+  )
+  log_probs = jax.nn.log_softmax(logits)
+  chosen = jnp.take_along_axis(log_probs, batch.targets[..., None], -1)[..., 0]
+  return -jnp.sum(batch.loss_mask * chosen) / jnp.sum(batch.loss_mask)
+
+
+def same(ours, theirs):
+  jax.tree.map(np.testing.assert_array_equal, ours, theirs)
+
+
+def test_the_loss_is_the_mean_over_trained_tokens(make_run, make_batch):
+  run, batch = make_run(), make_batch()
+  step = make_step(run.loss_fn, run.tx, one_device())
+  state, metrics = step(run.state(), run.frozen, batch)
+  expected = jax.jit(functools.partial(plain_loss, run))(batch)
+  np.testing.assert_allclose(metrics['loss'], expected, rtol=1e-5)
+  assert float(metrics['tokens']) == float(batch.loss_mask.sum())
+  assert int(state.step) == 1
+  evaluate = make_evaluation(run.loss_fn, one_device())
+  total, tokens = evaluate(run.trainable, run.frozen, batch)
+  np.testing.assert_allclose(total / tokens, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize('fields', [{}, {'train_full': 'embed/embedding'}])
+def test_steps_descend(make_run, make_batch, fields):
+  run, batch = make_run(**fields), make_batch()
+  step = make_step(run.loss_fn, run.tx, one_device())
+  state, losses = run.state(), []
+  for _ in range(5):
+    state, metrics = step(state, run.frozen, batch)
+    losses.append(float(metrics['loss']))
+  assert losses == sorted(losses, reverse=True)
+
+
+def test_microbatches_of_unequal_tokens_equal_one_batch(make_run, make_batch):
+  run, batch = make_run(), make_batch(rows=8)
+  counts = batch.loss_mask.sum(axis=1)
+  assert counts.min() * 8 < counts.max()  # a mean of means would be far off
+  results = []
+  for accumulate in (1, 8):
+    step = make_step(run.loss_fn, run.tx, one_device(), accumulate=accumulate)
+    state, metrics = step(run.state(), run.frozen, batch)
+    del metrics['finite']
+    # Adam's first moment, not its update: that is the sign of a gradient.
+    results.append((metrics, jax.tree.leaves(state.opt_state)))
+  jax.tree.map(
+    lambda x, y: np.testing.assert_allclose(
+      x, y, rtol=1e-5, atol=1e-5 * float(abs(np.asarray(y)).max())
+    ),
+    *results,
+  )
+
+
+def test_the_step_compiles_once_and_takes_its_state(make_run, make_batch):
+  run = make_run()
+  loss_fn = chex.assert_max_traces(run.loss_fn, n=1)
+  step = make_step(loss_fn, run.tx, one_device())
+  first = state = run.state()
+  for seed in range(3):
+    state, _ = step(state, run.frozen, make_batch(seed=seed))
+  assert all(leaf.is_deleted() for leaf in jax.tree.leaves(first.trainable))
+  assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(run.frozen))
+
+
+def constants(jaxpr):
+  """Yields the arrays that a program holds, inner programs included."""
+  if isinstance(jaxpr, jex.ClosedJaxpr):
+    yield from jaxpr.consts
+    jaxpr = jaxpr.jaxpr
+  for equation in jaxpr.eqns:
+    yield from (v.val for v in equation.invars if isinstance(v, jex.Literal))
+    for inner in jax.tree.leaves(
+      list(equation.params.values()),
+      is_leaf=lambda v: isinstance(v, jex.ClosedJaxpr | jex.Jaxpr),
+    ):
+      if isinstance(inner, jex.ClosedJaxpr | jex.Jaxpr):
+        yield from constants(inner)
+
+
+def test_the_step_holds_no_large_constant(make_run, make_batch, sizes):
+  wide = dataclasses.replace(sizes['tiny'], vocab_size=8192)
+  run, batch = make_run(wide), make_batch()
+  step = make_step(run.loss_fn, run.tx, one_device())
+
+  def largest(fn, *args):
+    held = constants(jax.make_jaxpr(fn)(*args))
+    return max((getattr(x, 'nbytes', 0) for x in held), default=0)
+
+  state = run.state()
+  assert largest(step, state, run.frozen, batch) <= 1 << 20
+  closed = functools.partial(step, frozen=run.frozen, batch=batch)
+  assert largest(lambda s: closed(s), state) > 1 << 20  # the check can see
+
+
+def test_a_gradient_that_is_not_finite_changes_the_step_only(
+  make_run, make_batch
+):
+  run, batch = make_run(), make_batch()
+  broken = dataclasses.replace(batch, loss_mask=batch.loss_mask.at[0].set(1e39))
+  step = make_step(run.loss_fn, run.tx, one_device())
+  state, good = step(run.state(), run.frozen, batch)
+  before = jax.tree.map(np.asarray, (state.trainable, state.opt_state))
+  state, bad = step(state, run.frozen, broken)
+  assert (bool(good['finite']), bool(bad['finite'])) == (True, False)
+  same((state.trainable, state.opt_state), before)
+  assert int(state.step) == 2
+
+
+def test_a_batch_without_trained_tokens_has_no_gradient(make_run, make_batch):
+  run, batch = make_run(), make_batch()
+  empty = dataclasses.replace(batch, loss_mask=0 * batch.loss_mask)
+  step = make_step(run.loss_fn, run.tx, one_device())
+  _, metrics = step(run.state(), run.frozen, empty)
+  assert float(metrics['loss']) == float(metrics['grad_norm']) == 0
+  assert bool(metrics['finite'])
+
+
+def test_dropout_is_a_function_of_seed_and_step(make_run, make_batch):
+  run, batch = make_run(dropout=0.5), make_batch()
+  run.trainable = jax.tree.map(lambda x: x + 0.1, run.trainable)
+
+  def loss(seed, start=0):
+    step = make_step(run.loss_fn, run.tx, one_device(), seed=seed)
+    state = dataclasses.replace(run.state(), step=jnp.int32(start))
+    return float(step(state, run.frozen, batch)[1]['loss'])
+
+  assert loss(0) == loss(0)
+  assert len({loss(0), loss(1), loss(0, start=1)}) == 3
+
+
+EIGHT_DEVICES = """
+import importlib.util, pathlib, sys
+import jax, jax.numpy as jnp, numpy as np
+import jlora
+from jlora.data.batch import Batch
+from jlora.models import families
+from jlora.models.config import DecoderConfig
+from jlora.models.decoder import Decoder
+from jlora.parallel.mesh import make_mesh
+from jlora.training.optimizers import OptimSpec, make_optimizer
+from jlora.training.step import make_loss, make_step
+
+config = DecoderConfig(vocab_size=160, embed_dim=64, mlp_dim=96, layers=2,
+                       heads=4, kv_heads=2, head_dim=16)
+model = Decoder(config, remat='full')
+tokens = jax.random.randint(jax.random.key(0), (16, 17), 0, 160)
+params = jax.jit(model.init)(jax.random.key(0), tokens)['params']
+spec = families.resolve(jlora.LoraSpec(rank=4), config)
+quant = families.resolve(jlora.QuantSpec(), config)
+frozen, trainable = jlora.partition(jax.random.key(1), params, spec, quant=quant)
+tx = make_optimizer(OptimSpec(learning_rate=1e-3), 2, trainable)
+loss_fn = make_loss(model, spec, chunk=16, frozen_head=True)
+position = jnp.broadcast_to(jnp.arange(16)[None], (16, 16))
+mask = (position < 1 + jnp.arange(16)[:, None]).astype(jnp.float32)
+batch = Batch(tokens[:, :-1], tokens[:, 1:], mask, 0 * position, position)
+
+def train(devices):
+  step = make_step(loss_fn, tx, make_mesh(devices=devices), accumulate=2)
+  copy = jax.tree.map(jnp.copy, trainable)
+  state = jlora.TrainState(jnp.int32(0), copy, tx.init(copy))
+  losses = []
+  for _ in range(2):
+    state, metrics = step(state, frozen, batch)
+    losses.append(metrics['loss'])
+  return jax.tree.map(np.asarray, (losses, state.trainable))
+
+assert jax.device_count() == 8
+for one, eight in zip(*map(jax.tree.leaves, map(
+    train, (jax.devices()[:1], jax.devices()))), strict=True):
+  assert np.linalg.norm(one - eight) <= 1e-5 * np.linalg.norm(one), (one, eight)
+"""
+
+
+def test_two_steps_on_eight_devices_equal_one_device():
+  flags = '--xla_force_host_platform_device_count=8'
+  result = subprocess.run(
+    [sys.executable, '-c', EIGHT_DEVICES],
+    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=300,
+    check=False,
+  )
+  assert result.returncode == 0, result.stderr
+
+
+def growth(make_run, config, rows, length, rank):
+  """Bytes that 15 more layers add to the gradient and to the whole step."""
+  gradients, steps = [], []
+  for layers in (30, 15):
+    run = make_run(
+      dataclasses.replace(config, layers=layers), abstract=True, rank=rank
+    )
+    loss = jax.jit(jax.grad(run.loss_fn, has_aux=True))
+    batch = abstract_batch(rows, length)
+    lowered = loss.lower(run.trainable, run.frozen, batch, None)
+    gradients.append(temp_of(lowered.compile()))
+    steps.append(temp_of(compile_step(run, rows, length)))
+  adapters = 4 * sum(x.size for x in jax.tree.leaves(run.trainable))
+  return gradients[0] - gradients[1], steps[0] - steps[1], adapters
+
+
+@pytest.mark.parametrize(
+  ('size', 'rows', 'length'),
+  [
+    ('tiny', 4, 128),
+    pytest.param('smollm2', 4, 256, marks=pytest.mark.slow),
+  ],
+)
+def test_a_layer_more_adds_its_input_and_its_gradients_to_scratch(
+  make_run, sizes, size, rows, length
+):
+  config = sizes[size]
+  gradient, step, adapters = growth(make_run, config, rows, length, rank=16)
+  saved = 15 * 4 * rows * length * config.embed_dim
+  assert saved <= gradient <= 1.1 * saved
+  assert saved <= step - adapters <= 1.1 * saved
+
+
+def test_scratch_of_a_real_step_stays_below_0_35_gib(make_run, sizes):
+  run = make_run(sizes['smollm2'], abstract=True, rank=16, chunk=256)
+  assert temp_of(compile_step(run, 4, 256)) <= 0.35 * 2**30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(('remat', 'bound'), [('none', 0.74), ('full', 0.80)])
+def test_flops_of_lora_over_full_fine_tuning(make_run, sizes, remat, bound):
+  full = {'targets': (), 'train_full': '.*'}
+  flops = []
+  for fields in ({'rank': 16}, full):
+    run = make_run(
+      sizes['smollm2'],
+      remat=remat,
+      quant=False,
+      unroll=30,
+      abstract=True,
+      chunk=1024,
+      **fields,
+    )
+    flops.append(compile_step(run, 4, 256).cost_analysis()['flops'])
+  assert 0.62 <= flops[0] / flops[1] <= bound
