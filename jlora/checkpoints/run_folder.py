@@ -1,8 +1,11 @@
 """The folder of a run: who owns it, which config it holds, its metrics."""
 
+import contextlib
 import json
+import math
 import os
 import pathlib
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +16,7 @@ from jlora.errors import CheckpointError, ConfigError
 # What may differ between the config of a run and that of its continuation.
 _MAY_CHANGE = (
   'log',
-  'eval',
+  'eval.every',
   'optim.learning_rate',
   'train.checkpoint_every',
   'train.epochs',
@@ -21,11 +24,18 @@ _MAY_CHANGE = (
 )
 
 
+_LOCK = '.lock'
+
+
 class RunFolder:
-  """Paths of a run, and the lock that keeps a second process out of them."""
+  """Paths of a run, and the lock that keeps a second process out of them.
+
+  A context manager: at its end the lock is given back, and a folder that was
+  made and left empty, since the run was refused, is removed.
+  """
 
   def __init__(self, root: os.PathLike[str] | str):
-    """Makes the folder and locks it until the process ends.
+    """Makes the folder and locks it until `release`, or the process's end.
 
     Args:
       root: The run's folder.
@@ -37,7 +47,7 @@ class RunFolder:
     self.root = pathlib.Path(root)
     try:
       self.root.mkdir(parents=True, exist_ok=True)
-      self._lock = filelock.FileLock(self.root / '.lock', timeout=0)
+      self._lock = filelock.FileLock(self.root / _LOCK, timeout=0)
       self._lock.acquire()
     except filelock.Timeout as error:
       raise ConfigError(
@@ -60,38 +70,57 @@ class RunFolder:
     part.write_text(text)
     part.replace(target)
 
+  def __enter__(self) -> 'RunFolder':
+    """Returns the folder."""
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Releases the folder."""
+    self.release()
+
   def release(self) -> None:
-    """Lets other processes use the folder."""
+    """Lets other processes use the folder; an empty one is removed."""
+    if {path.name for path in self.root.iterdir()} == {_LOCK}:
+      self.path(_LOCK).unlink()
+      self.root.rmdir()
     self._lock.release()
 
-  def check_config(self, text: str) -> list[str]:
+  def check_config(self, text: str) -> dict[str, tuple[Any, Any]]:
     """Compares a config with the one that this folder's run began with.
 
     Args:
       text: The resolved config as JSON.
 
     Returns:
-      The differences that a continued run may have, one line each.
+      What a continued run has changed: (old, new) by field.
 
     Raises:
       ConfigError: The config cannot continue this run.
     """
-    old = _flat(json.loads(self.path('config.json').read_text()))
-    new = _flat(json.loads(text))
-    return [
-      self._change(field, old.get(field), new.get(field))
+    old, new = self._load_config(), _flat(json.loads(text))
+    changes = {
+      field: (old.get(field), new.get(field))
       for field in sorted(old.keys() | new.keys())
       if old.get(field) != new.get(field)
-    ]
+    }
+    for field, (before, now) in changes.items():
+      if not any(f'{field}.'.startswith(f'{f}.') for f in _MAY_CHANGE):
+        raise ConfigError(
+          f'{self.root} holds a run with {field}={before!r}, and this config'
+          f' has {now!r}; choose another --workdir, or remove the folder to'
+          f' start over (a continued run may change {", ".join(_MAY_CHANGE)})'
+        )
+    return changes
 
-  def _change(self, field: str, old: Any, new: Any) -> str:
-    if not any(f'{field}.'.startswith(f'{f}.') for f in _MAY_CHANGE):
-      raise ConfigError(
-        f'{self.root} holds a run with {field}={old!r}, and this config has'
-        f' {new!r}; choose another --workdir, or remove the folder to start'
-        f' over (a continued run may change {", ".join(_MAY_CHANGE)})'
-      )
-    return f'{field}: {old!r} -> {new!r}'
+  def _load_config(self) -> dict[str, Any]:
+    path = self.path('config.json')
+    try:
+      return _flat(json.loads(path.read_text()))
+    except (OSError, ValueError, AttributeError) as error:
+      raise CheckpointError(
+        f'{self.root} has checkpoints, but {path.name} cannot be read'
+        f' ({error}); restore it, or choose another --workdir'
+      ) from error
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
@@ -105,7 +134,12 @@ def _flat(tree: Mapping[str, Any], prefix: str = '') -> dict[str, Any]:
 
 
 class MetricsFile:
-  """metrics.jsonl: one JSON object a line, in the order of steps."""
+  """metrics.jsonl: one JSON object a line, in the order of steps.
+
+  Attributes:
+    path: The file.
+    lost: Lines that could not be written.
+  """
 
   def __init__(self, path: os.PathLike[str] | str, *, up_to: int):
     """Opens the file and drops what a continued run will write again.
@@ -115,38 +149,67 @@ class MetricsFile:
       up_to: Last step to keep; -1 keeps nothing.
     """
     self.path = pathlib.Path(path)
+    self.lost = 0
     kept = [line for line in self.read() if line['step'] <= up_to]
     part = self.path.with_name(f'.{self.path.name}.part')
     part.write_text(''.join(map(_line, kept)))
     part.replace(self.path)
 
   def append(self, fields: Mapping[str, Any]) -> None:
-    """Adds a line, on disk before this returns.
+    """Adds a line, on disk before this returns; one that fails is counted.
 
     Args:
-      fields: JSON values, `step` among them.
-
-    Raises:
-      CheckpointError: The line cannot be written.
+      fields: JSON values, `step` among them. Numbers that are not finite,
+        which JSON does not have, are written as null.
     """
+    size = self.path.stat().st_size
     try:
       with self.path.open('a') as file:
         file.write(_line(fields))
         file.flush()
         os.fsync(file.fileno())
     except OSError as error:
-      raise CheckpointError(
-        f'{self.path} cannot be written: {error}'
-      ) from error
+      self.lost += 1
+      warnings.warn(
+        f'{self.path} cannot be written: {error}; training goes on without'
+        f' line {fields!r:.60}',
+        stacklevel=2,
+      )
+      with contextlib.suppress(OSError):
+        os.truncate(self.path, size)
 
   def read(self) -> list[dict[str, Any]]:
-    """Returns all lines; a last line that was cut off by a kill is left out."""
+    """Returns all lines; a last line that was cut off by a kill is left out.
+
+    Raises:
+      CheckpointError: A line is damaged.
+    """
     if not self.path.exists():
       return []
     text = self.path.read_text()
-    whole = text[: text.rfind('\n') + 1]
-    return [json.loads(line) for line in whole.splitlines()]
+    lines = text[: text.rfind('\n') + 1].splitlines()
+    try:
+      return [json.loads(line) for line in lines]
+    except ValueError as error:
+      raise CheckpointError(
+        f'{self.path} has a line that is no JSON ({error}); remove that line'
+      ) from error
 
 
 def _line(fields: Mapping[str, Any]) -> str:
-  return json.dumps(dict(fields)) + '\n'
+  return json.dumps(finite_or_none(dict(fields)), allow_nan=False) + '\n'
+
+
+def finite_or_none(tree: Any) -> Any:
+  """Returns JSON values with None in place of NaN and the infinities.
+
+  Args:
+    tree: Nested dicts, lists and tuples of JSON values.
+  """
+  if isinstance(tree, Mapping):
+    return {name: finite_or_none(value) for name, value in tree.items()}
+  if isinstance(tree, list | tuple):
+    return [finite_or_none(value) for value in tree]
+  if isinstance(tree, float) and not math.isfinite(tree):
+    return None
+  return tree

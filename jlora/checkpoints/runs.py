@@ -1,10 +1,14 @@
 """Checkpoints of a run: complete or invisible, and never the frozen base."""
 
+import contextlib
+import hashlib
 import os
 import pathlib
+import warnings
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jlora.core.state import TrainState
@@ -18,7 +22,10 @@ class RunCheckpoints:
 
   A checkpoint holds the train state (trainable, optimizer state, step) and a
   small JSON record of where the run stood. Orbax writes into a temporary
-  folder and renames it, so a killed save leaves nothing that could be read.
+  folder and renames it, so a killed save leaves nothing that could be read. A
+  digest of all arrays is kept beside them and compared before they are used.
+
+  A context manager, which closes it; a folder left empty is removed.
   """
 
   def __init__(self, folder: os.PathLike[str] | str):
@@ -60,8 +67,9 @@ class RunCheckpoints:
     step = int(state.step)
     if step in self.steps():
       return
+    content = {'digest': _digest(state), 'record': record}
     items = ocp.args.Composite(
-      state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(record)
+      state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(content)
     )
     try:
       self._manager.save(step, args=items)
@@ -74,7 +82,9 @@ class RunCheckpoints:
   def restore(
     self, like: TrainState
   ) -> tuple[TrainState, dict[str, Any]] | None:
-    """Returns the newest checkpoint, or None where there is none.
+    """Returns the newest checkpoint that is whole, or None without any.
+
+    Where a newer one is damaged, a warning says so, and it is removed.
 
     Args:
       like: A state of arrays or ShapeDtypeStructs with the shardings wanted.
@@ -82,16 +92,20 @@ class RunCheckpoints:
     Raises:
       CheckpointError: There are checkpoints, and none can be read.
     """
-    failures = []
+    damaged = {}
     for step in reversed(self.steps()):
       try:
-        return self._restore(step, like)
-      except (OSError, ValueError, KeyError) as error:
-        failures.append(f'step {step}: {type(error).__name__}: {error}')
-    if failures:
+        found = self._restore(step, like)
+      except (OSError, ValueError, KeyError, TypeError) as error:
+        damaged[step] = _first_line(error)
+        continue
+      self._remove(damaged, step)
+      return found
+    if damaged:
+      reasons = '; '.join(f'step {s}: {e}' for s, e in damaged.items())
       raise CheckpointError(
-        f'no checkpoint in {self.folder} can be read ({"; ".join(failures)});'
-        ' move the folder away to start from the beginning'
+        f'no checkpoint in {self.folder} can be read ({reasons}); move the'
+        ' folder away to start from the beginning'
       )
     return None
 
@@ -103,8 +117,47 @@ class RunCheckpoints:
       state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
     )
     found = self._manager.restore(step, args=items)
-    return found.state, found.record
+    digest = _digest(found.state)
+    if digest != found.record['digest']:
+      raise ValueError(
+        f'its arrays have sha256 {digest}, but {found.record["digest"]} was'
+        ' saved'
+      )
+    return found.state, found.record['record']
+
+  def _remove(self, damaged: dict[int, str], whole: int) -> None:
+    """Removes damaged checkpoints, so that their steps are saved again."""
+    for step, reason in damaged.items():
+      warnings.warn(
+        f'the checkpoint of step {step} in {self.folder} is damaged ({reason})'
+        f' and is removed; that of step {whole} is used',
+        stacklevel=3,
+      )
+      self._manager.delete(step)
+
+  def __enter__(self) -> 'RunCheckpoints':
+    """Returns itself."""
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    """Closes it."""
+    self.close()
 
   def close(self) -> None:
     """Ends the background work of Orbax."""
     self._manager.close()
+    with contextlib.suppress(OSError):  # not empty
+      self.folder.rmdir()
+
+
+def _digest(state: TrainState) -> str:
+  """Returns the sha256 of all arrays with their paths."""
+  sha = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+    sha.update(jax.tree_util.keystr(path).encode())
+    sha.update(np.ascontiguousarray(leaf).tobytes())
+  return sha.hexdigest()
+
+
+def _first_line(error: BaseException) -> str:
+  return f'{type(error).__name__}: {(str(error).splitlines() or [""])[0]:.200}'

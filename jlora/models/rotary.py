@@ -23,7 +23,9 @@ def frequencies(config: DecoderConfig) -> np.ndarray:
   """
   exponents = np.arange(0, config.head_dim, 2, dtype=np.float32)
   exponents = exponents / np.float32(config.head_dim)
-  plain = (1.0 / config.rope_theta**exponents).astype(np.float32)
+  # Rounded where torch rounds, so that no bit differs from transformers'.
+  powers = config.rope_theta ** exponents.astype(np.float64)
+  plain = np.float32(1) / powers.astype(np.float32)
   if config.rope_scaling is None:
     return plain
   return _stretch(plain, config.rope_scaling)

@@ -6,6 +6,7 @@ import platform
 import resource
 import statistics
 import sys
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -13,11 +14,12 @@ import jax
 
 from jlora.checkpoints.hf import save_folder
 from jlora.checkpoints.peft import save_adapter
-from jlora.checkpoints.run_folder import RunFolder
+from jlora.checkpoints.run_folder import MetricsFile, RunFolder
 from jlora.core.partition import merge
 from jlora.training import report
 from jlora.training.evaluation import prompted
 from jlora.training.job import Job
+from jlora.training.progress import Progress
 from jlora.version import __version__
 
 _PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'numpy')
@@ -94,37 +96,47 @@ def write_samples(
 def write_summary(
   job: Job,
   folder: RunFolder,
-  lines: Sequence[Mapping[str, Any]],
-  scores: Mapping[str, Any],
+  progress: Progress,
+  metrics: MetricsFile,
+  after: Mapping[str, float],
 ) -> None:
-  """Writes summary.json and loss.png.
+  """Writes loss.png, then summary.json, which says that the run is complete.
 
   Args:
     job: The run.
     folder: The run's folder.
-    lines: The lines of metrics.jsonl.
-    scores: Base and tuned model on held-out data.
+    progress: Where it ended.
+    metrics: Its metrics.
+    after: Scores of the tuned model.
   """
+  lines = metrics.read()
   steps = [x['step_seconds'] for x in lines if 'step_seconds' in x]
   fields = {
     'base': job.base.name,
+    'base_model': progress.before,
     'base_sha256': job.base.sha256,
+    'best_eval_loss': progress.best_loss,
     'bytes': job.footprint.bytes,
     'compiled_peak_bytes': job.footprint.compiled_peak,
     'data': dataclasses.asdict(job.data.report),
     'data_digest': job.digest,
     'frozen_params': job.footprint.frozen_params,
+    'lost_metrics': metrics.lost,
     'process_peak_bytes': process_peak(),
     'quantization': quantization(job),
-    'step_seconds': statistics.median(steps),
-    'steps': job.steps,
+    'skipped_updates': progress.skipped,
+    'step_seconds': statistics.median(steps) if steps else None,
+    'steps': progress.step,
     'trainable_params': job.footprint.trainable_params,
-    'trained_tokens': sum(x.get('tokens', 0) for x in lines),
+    'trained_tokens': progress.trained_tokens,
+    'tuned_model': after,
     'versions': versions(),
-    **scores,
   }
+  try:
+    report.draw_losses(lines, folder.path('loss.png'))
+  except OSError as error:
+    warnings.warn(f'loss.png could not be drawn: {error}', stacklevel=2)
   folder.write('summary.json', report.to_json(fields))
-  report.draw_losses(lines, folder.path('loss.png'))
 
 
 def process_peak() -> int:

@@ -149,3 +149,18 @@ def evaluate_both(job: Job, trainable: Any) -> dict[str, dict[str, float]]:
       **answer(job, half).fields(),
     }
   return scores
+
+
+def sentence(scores: dict[str, float]) -> str:
+  """Returns the scores of a model for people to read.
+
+  Args:
+    scores: `eval_loss` and, where there is a verifier, the fields of `Answers`.
+  """
+  text = f'held-out loss {scores["eval_loss"]:.4f}'
+  if 'exact_match' in scores:
+    text += (
+      f', exact match {scores["exact_match"]:.1%} and well-formed answers'
+      f' {scores["well_formed"]:.1%} of {scores["scored"]}'
+    )
+  return text

@@ -19,7 +19,7 @@ from jlora.data.batch import Batch
 from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
 from jlora.data.report import show_examples
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, DataError
 from jlora.models import families
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
@@ -38,7 +38,7 @@ class Job:
     spec: The run, presets resolved for its base.
     base: The base model.
     data: Examples, conversations and their verifier.
-    digest: Of all examples; a continued run must have the same.
+    digest: Of all examples.
     loader: Batches by step.
     held_out: Batches of the held-out loss.
     steps: Updates of the whole run.
@@ -70,6 +70,27 @@ class Job:
   schedule: optax.Schedule
   place: Callable[[Batch], Batch]
   footprint: Footprint
+
+  @property
+  def origin(self) -> dict[str, str]:
+    """Digests of what a continued run must have as it began."""
+    return {'base': self.base.sha256, 'data': self.digest}
+
+  def check_origin(self, origin: dict[str, str]) -> None:
+    """Requires the base and the data that a run began with.
+
+    Args:
+      origin: Of the run that is continued.
+
+    Raises:
+      DataError: Base or data are others now.
+    """
+    for name, digest in self.origin.items():
+      if digest != origin[name]:
+        raise DataError(
+          f'this run began with a {name} of sha256 {origin[name]}, and now it'
+          f' has {digest}; restore the {name}, or choose another --workdir'
+        )
 
 
 def build(spec: RunSpec, console: Console) -> Job:

@@ -8,6 +8,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from jlora.checkpoints.run_folder import finite_or_none
+
 
 def draw_losses(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
   """Draws the training and the held-out loss over steps.
@@ -16,8 +18,7 @@ def draw_losses(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     lines: The lines of metrics.jsonl.
     path: Where the PNG goes.
   """
-  train = [(x['step'], x['loss']) for x in lines if 'loss' in x]
-  held_out = [(x['step'], x['eval_loss']) for x in lines if 'eval_loss' in x]
+  train, held_out = _points(lines, 'loss'), _points(lines, 'eval_loss')
   with matplotlib.rc_context({'font.size': 11}):
     figure = Figure(figsize=(7, 4), dpi=120, layout='constrained')
     axes = figure.subplots()
@@ -32,7 +33,14 @@ def draw_losses(lines: Sequence[Mapping[str, Any]], path: pathlib.Path) -> None:
     )
     axes.spines[['top', 'right']].set_visible(False)
     axes.legend(frameon=False)
-    figure.savefig(path)
+    figure.savefig(path, format='png')
+
+
+def _points(
+  lines: Sequence[Mapping[str, Any]], name: str
+) -> list[tuple[int, float]]:
+  """Returns (step, value) where a line has a finite value."""
+  return [(x['step'], x[name]) for x in lines if x.get(name) is not None]
 
 
 def samples_markdown(
@@ -71,5 +79,10 @@ def _inline(text: str | None) -> str:
 
 
 def to_json(fields: Mapping[str, Any]) -> str:
-  """Returns a summary as JSON that people can read and compare."""
+  """Returns a summary as JSON that people can read and compare.
+
+  Args:
+    fields: JSON values; numbers that are not finite become null.
+  """
+  fields = finite_or_none(fields)
   return json.dumps(fields, indent=2, sort_keys=True) + '\n'

@@ -221,7 +221,7 @@ def make_adapted():
 
 @pytest.fixture(scope='session')
 def adapted():
-  return _make_adapted(train_full=('final_norm/scale',))
+  return _make_adapted(train_full=('final_norm/scale',), dropout=0.05)
 
 
 @pytest.fixture

@@ -108,6 +108,7 @@ def test_peft_computes_the_merged_logits(make_adapted, tmp_path, tied, fields):
   [
     (True, {'target_modules': ['q_proj', 'up_proj']}),
     (True, {'target_modules': 'all-linear'}),
+    (False, {'target_modules': 'all-linear'}),
     (True, {'target_modules': r'.*\.(k_proj|down_proj)'}),
     (True, {'target_modules': ['v_proj'], 'use_rslora': True}),
     (False, {'target_modules': ['lm_head', 'self_attn.o_proj']}),
@@ -154,7 +155,7 @@ def test_the_files_come_back_as_the_trees_they_were(adapted, adapter_folder):
   jax.tree.map(
     np.testing.assert_array_equal, adapter.trainable, adapted.trainable
   )
-  assert (adapter.rank, adapter.alpha) == (4, 10.0)
+  assert (adapter.rank, adapter.alpha, adapter.dropout) == (4, 10.0, 0.05)
   assert adapter.train_full == ('final_norm/scale',)
   assert adapter.metadata == {
     'base_sha256': 'ab',

@@ -131,6 +131,13 @@ def test_the_digest_sees_tokens_masks_and_borders(examples):
   assert digest(examples) == digest(list(examples))
 
 
+def test_the_digest_sees_how_zeros_are_divided():
+  one, five = (
+    Example(np.zeros(n, np.int32), np.zeros(n, bool)) for n in (1, 5)
+  )
+  assert digest([one] * 5) != digest([five])
+
+
 def test_efficiency_counts_filled_places(make_examples):
   # Four places each: two examples fill a row of eight, one row of twelve is
   # filled by three.

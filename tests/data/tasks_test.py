@@ -36,6 +36,11 @@ def test_a_stream_is_the_same_every_time():
   )
 
 
+def test_a_stream_does_not_start_over():
+  drawn = draw('lcm', 280, split='train', seed=0)
+  assert drawn[256:] != drawn[:24]
+
+
 def test_evaluation_does_not_depend_on_the_seed():
   assert draw('gcd', 9, split='eval', seed=3) == draw(
     'gcd', 9, split='eval', seed=4

@@ -112,6 +112,15 @@ def test_a_turn_that_the_template_leaves_open_is_ended(make_tokenizer):
   assert learned(example, tokenizer) == ['the answer<|im_end|>']
 
 
+def test_a_turn_left_open_is_not_ended_where_it_is_not_trained(make_tokenizer):
+  template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+  tokenizer = make_tokenizer(template)
+  first, said, *rest = CHAT.messages
+  last = dataclasses.replace(rest.pop(), trained=False)
+  example = tokenize(Conversation((first, said, *rest, last)), tokenizer)
+  assert learned(example, tokenizer) == ['the answer']
+
+
 def test_text_is_learned_but_for_its_first_token(tokenizer):
   example = tokenize(make_text('the answer is the answer'), tokenizer)
   assert (

@@ -14,31 +14,35 @@ from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel import topology
 from jlora.parallel.mesh import by_example, make_mesh, replicated
+from jlora.training.footprint import size_of
 from jlora.training.optimizers import OptimSpec, make_optimizer
 from jlora.training.step import make_loss, make_step
 
-CONFIG = DecoderConfig(
-  vocab_size=4096,
-  embed_dim=1024,
-  mlp_dim=2816,
-  layers=4,
-  heads=16,
-  kv_heads=4,
-  head_dim=64,
-)
-ROWS, LENGTH = 8, 512
+ROWS, LENGTH, WIDTH = 8, 512, 1024
 
 
-def abstract_step():
+def config_of(layers: int) -> DecoderConfig:
+  return DecoderConfig(
+    vocab_size=4096,
+    embed_dim=WIDTH,
+    mlp_dim=2816,
+    layers=layers,
+    heads=16,
+    kv_heads=4,
+    head_dim=64,
+  )
+
+
+def abstract_step(config: DecoderConfig):
   """Returns a QLoRA step's loss, optimizer and abstract arguments."""
-  model = Decoder(CONFIG, dtype=jnp.bfloat16, remat='full')
+  model = Decoder(config, dtype=jnp.bfloat16, remat='full')
   tokens = jax.ShapeDtypeStruct((ROWS, LENGTH), jnp.int32)
   params = jax.eval_shape(model.init, jax.random.key(0), tokens)['params']
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, jnp.bfloat16), params
   )
-  spec = families.resolve(jlora.LoraSpec(rank=16), CONFIG)
-  quant = families.resolve(jlora.QuantSpec(), CONFIG)
+  spec = families.resolve(jlora.LoraSpec(rank=16), config)
+  quant = families.resolve(jlora.QuantSpec(), config)
   frozen, trainable = jlora.partition(
     jax.random.key(0), params, spec, quant=quant
   )
@@ -60,26 +64,28 @@ def put(tree, sharding: NamedSharding):
   )
 
 
-@pytest.mark.aot
-@pytest.mark.filterwarnings('ignore')
-def test_the_qlora_step_compiles_for_an_h100():
+def compiled_for_h100(layers: int):
+  """Returns the compiled step and the bytes of its adapters."""
   mesh = make_mesh(devices=topology.gpu_devices('h100'))
-  loss, tx, state, frozen, batch = abstract_step()
-  step = make_step(loss, tx, mesh)
-  traced = step.trace(
+  loss, tx, state, frozen, batch = abstract_step(config_of(layers))
+  traced = make_step(loss, tx, mesh).trace(
     put(state, replicated(mesh)),
     put(frozen, replicated(mesh)),
     put(batch, by_example(mesh)),
   )
   compiled = traced.lower(lowering_platforms=('cuda',)).compile()
-  memory = compiled.memory_analysis()
-  codes = sum(x.size for x in jax.tree.leaves(frozen) if x.dtype == jnp.uint8)
-  dense = 2 * 2 * codes  # bfloat16 bytes of what the codes stand for
-  assert memory.argument_size_in_bytes > codes
-  saved = CONFIG.layers * ROWS * LENGTH * CONFIG.embed_dim * 2
-  # Scratch is a layer's activations, not the decoded stack of kernels.
-  print(memory, dense, saved)
-  assert memory.temp_size_in_bytes > saved
+  return compiled.memory_analysis(), size_of(state.trainable)
+
+
+@pytest.mark.aot
+@pytest.mark.filterwarnings('ignore')
+def test_on_an_h100_scratch_grows_by_layer_inputs_and_adapter_gradients():
+  small, small_adapters = compiled_for_h100(4)
+  large, large_adapters = compiled_for_h100(8)
+  growth = large.temp_size_in_bytes - small.temp_size_in_bytes
+  inputs = 4 * ROWS * LENGTH * WIDTH * 2
+  gradients = large_adapters - small_adapters
+  assert growth <= 1.1 * (inputs + gradients)
 
 
 def test_an_unknown_target_lists_the_known_ones():
