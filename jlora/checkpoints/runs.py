@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import json
 import os
 import pathlib
 import warnings
@@ -23,7 +24,7 @@ class RunCheckpoints:
   A checkpoint holds the train state (trainable, optimizer state, step) and a
   small JSON record of where the run stood. Orbax writes into a temporary
   folder and renames it, so a killed save leaves nothing that could be read. A
-  digest of all arrays is kept beside them and compared before they are used.
+  digest of both is kept with them and compared before they are used.
 
   A context manager, which closes it; a folder left empty is removed.
   """
@@ -67,7 +68,7 @@ class RunCheckpoints:
     step = int(state.step)
     if step in self.steps():
       return
-    content = {'digest': _digest(state), 'record': record}
+    content = {'digest': _digest(state, record), 'record': record}
     items = ocp.args.Composite(
       state=ocp.args.StandardSave(state), record=ocp.args.JsonSave(content)
     )
@@ -96,7 +97,7 @@ class RunCheckpoints:
     for step in reversed(self.steps()):
       try:
         found = self._restore(step, like)
-      except (OSError, ValueError, KeyError, TypeError) as error:
+      except Exception as error:  # damaged files make Orbax raise anything
         damaged[step] = _first_line(error)
         continue
       self._remove(damaged, step)
@@ -117,13 +118,10 @@ class RunCheckpoints:
       state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
     )
     found = self._manager.restore(step, args=items)
-    digest = _digest(found.state)
-    if digest != found.record['digest']:
-      raise ValueError(
-        f'its arrays have sha256 {digest}, but {found.record["digest"]} was'
-        ' saved'
-      )
-    return found.state, found.record['record']
+    record, expected = found.record['record'], found.record['digest']
+    if (digest := _digest(found.state, record)) != expected:
+      raise ValueError(f'it has sha256 {digest}, but {expected} was saved')
+    return found.state, record
 
   def _remove(self, damaged: dict[int, str], whole: int) -> None:
     """Removes damaged checkpoints, so that their steps are saved again."""
@@ -150,9 +148,9 @@ class RunCheckpoints:
       self.folder.rmdir()
 
 
-def _digest(state: TrainState) -> str:
-  """Returns the sha256 of all arrays with their paths."""
-  sha = hashlib.sha256()
+def _digest(state: TrainState, record: dict[str, Any]) -> str:
+  """Returns the sha256 of the record and of all arrays with their paths."""
+  sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     sha.update(jax.tree_util.keystr(path).encode())
     sha.update(np.ascontiguousarray(leaf).tobytes())

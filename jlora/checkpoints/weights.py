@@ -168,4 +168,4 @@ def _read_one(
       f'{module}.weight holds {bad} values that are NaN or infinite as'
       f' {dtype}; the file is damaged, or the dtype too narrow'
     )
-  return np.ascontiguousarray(tensor.T) if weight.transposed else tensor
+  return tensor.T if weight.transposed else tensor

@@ -61,8 +61,8 @@ def measure(frozen: Any, state: Any, compiled: Any) -> Footprint:
     frozen_params=sum(x.size for x in leaves),
     trainable_params=sum(x.size for x in jax.tree.leaves(state.trainable)),
     bytes={
-      'frozen, quantized': sum(x.nbytes for x in leaves if is_quantized(x)),
-      'frozen, dense': sum(x.nbytes for x in leaves if not is_quantized(x)),
+      'frozen, quantized': size_of([x for x in leaves if is_quantized(x)]),
+      'frozen, dense': size_of([x for x in leaves if not is_quantized(x)]),
       'trainable': size_of(state.trainable),
       'optimizer state': size_of(state.opt_state),
       'scratch of a step': memory.temp_size_in_bytes,

@@ -74,6 +74,8 @@ def make_step(
 
   An update whose gradient is not finite is not applied: the state comes back
   as it was, but for the step count.
+  Put the first state on the mesh (`jax.device_put(state, replicated(mesh))`):
+  a state from elsewhere is traced, and compiled, once more.
 
   Args:
     loss_fn: From `make_loss`.

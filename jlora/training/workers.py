@@ -1,10 +1,11 @@
 """Training runs in fresh processes, so that no run sees another's memory."""
 
-import os
+import json
 import pathlib
 import pprint
 import subprocess
 import sys
+import textwrap
 
 from jlora.errors import JloraError
 from jlora.training.run_spec import RunSpec
@@ -12,17 +13,14 @@ from jlora.training.signals import StopRequest
 
 _INTERRUPTED = 75  # what `jlora.train` exits with after a signal
 _POLL_SECONDS = 0.2
-_CONFIG = '''"""Written by jlora.compare.
-
-python -m jlora.train --config={config} --workdir={folder}
-"""
+_EXPERIMENT = '''"""The run in this folder, as jlora.compare started it."""
 
 import ml_collections
 
 
 def get_config():
   return ml_collections.ConfigDict(
-    {fields}
+{fields}
   )
 '''
 
@@ -41,22 +39,63 @@ class WorkerError(JloraError):
     self.exit_code = exit_code
 
 
-def train_apart(
-  spec: RunSpec, folder: pathlib.Path, fields: dict[str, object]
-) -> bool:
-  """Trains in a fresh process, with its output shown here.
+def train_apart(spec: RunSpec, folder: pathlib.Path) -> bool:
+  """Trains in a fresh process that shares this one's stdout.
 
-  Beside the run folder, `<folder>.py` holds the run's config and
-  `<folder>.log` what the process wrote to stderr.
+  The run folder also gets `experiment.py`, the run's config, and `stderr.log`.
 
   Args:
     spec: The run.
     folder: Its run folder.
-    fields: `spec` as a nested dict of JSON values.
 
   Returns:
-    Whether the run ended; False where a signal stopped it.
+    Whether the run ended; False where a signal stopped it. SIGINT and SIGTERM
+    are passed on, and the run saves a checkpoint first.
 
   Raises:
-    WorkerError: The run failed. The message is the one it gave.
+    WorkerError: The run failed; the message is its own.
   """
+  folder.mkdir(parents=True, exist_ok=True)
+  experiment = folder / 'experiment.py'
+  fields = pprint.pformat(json.loads(spec.to_json()), width=72)
+  experiment.write_text(
+    _EXPERIMENT.format(fields=textwrap.indent(fields, ' ' * 4))
+  )
+  command = [sys.executable, '-m', 'jlora.train']
+  command += [f'--config={experiment}', f'--workdir={folder}']
+  code = _run(command, folder / 'stderr.log')
+  if code in (0, _INTERRUPTED):
+    return code == 0
+  raise _failure(folder, code)
+
+
+def _run(command: list[str], log: pathlib.Path) -> int:
+  """Runs a command to its end and returns its exit code."""
+  # In a session of its own, so that Ctrl-C reaches the run once, through here:
+  # the second signal makes it leave without a checkpoint.
+  with log.open('w') as stderr, StopRequest() as stop:
+    process = subprocess.Popen(command, stderr=stderr, start_new_session=True)
+    try:
+      passed_on = False
+      while True:
+        try:
+          return process.wait(_POLL_SECONDS)
+        except subprocess.TimeoutExpired:
+          if stop.requested and not passed_on:
+            process.terminate()
+            passed_on = True
+    finally:
+      process.kill()  # does nothing once it has ended
+
+
+def _failure(folder: pathlib.Path, code: int) -> WorkerError:
+  log = folder / 'stderr.log'
+  lines = log.read_text(errors='replace').split('\n')
+  said = [line.removeprefix('jlora: ') for line in lines if 'jlora: ' in line]
+  if code in (2, 3) and said:
+    return WorkerError(f'{folder.name}: {said[-1]}', code)
+  if code < 0:
+    reason = f'was killed by signal {-code}, perhaps for want of memory'
+  else:
+    reason = f'ended with exit code {code}'
+  return WorkerError(f'the run in {folder} {reason}; see {log}', 1)

@@ -61,6 +61,13 @@ def test_a_pickle_is_refused_with_the_way_out(adapted, adapter_folder):
     load_adapter(adapter_folder, adapted.config)
 
 
+def test_an_adapter_that_a_killed_save_had_moved_aside_loads(
+  adapted, adapter_folder
+):
+  adapter_folder.rename(adapter_folder.with_name('.adapter.jlora-old'))
+  assert load_adapter(adapter_folder, adapted.config).metadata['step'] == 7
+
+
 @pytest.mark.parametrize(
   ('content', 'named'),
   [

@@ -1,5 +1,6 @@
 import subprocess
 import sys
+import tracemalloc
 
 import jax
 import numpy as np
@@ -151,3 +152,14 @@ def test_the_logits_of_the_default_base_equal_those_of_transformers(
   worst = np.abs(found - expected).max()
   print(f'largest difference of logits: {worst:.2e}')
   assert worst <= 2e-4
+
+
+@pytest.mark.slow
+def test_loading_holds_little_more_than_the_largest_leaf(real_gguf):
+  base = bases.open_base(str(real_gguf))
+  tracemalloc.start()
+  base.load_params(place=lambda path, leaf: path)
+  peak = tracemalloc.get_traced_memory()[1]
+  tracemalloc.stop()
+  largest = 49152 * 576 * 4
+  assert peak < 1.8 * largest

@@ -8,9 +8,10 @@ import pytest
 from jlora.checkpoints.folders import replacing
 from jlora.errors import CheckpointError, ConfigError
 
-# Kills a child at every line of folders.py in turn, until one gets through.
+# Kills a child at every line that runs of folders.py and of shutil in turn,
+# until one gets through.
 KILLER = """
-import json, os, pathlib, sys
+import json, os, pathlib, shutil, sys
 from jlora.checkpoints import folders
 
 def write(folder, text):
@@ -21,7 +22,7 @@ def write(folder, text):
 def killed_at(line, folder):
   seen = [0]
   def trace(frame, event, _):
-    if frame.f_code.co_filename != folders.__file__:
+    if frame.f_code.co_filename not in (folders.__file__, shutil.__file__):
       return None
     if event == 'line':
       seen[0] += 1
@@ -82,6 +83,28 @@ def test_a_failed_write_keeps_the_old_folder_and_leaves_nothing(tmp_path):
   with pytest.raises(CheckpointError, match='File name too long'):
     write(tmp_path / 'x', a='half', **{'b' * 300: ''})
   assert [path.name for path in tmp_path.iterdir()] == ['x']
+  assert contents(tmp_path / 'x') == {'a': 'old'}
+
+
+def test_a_failed_rename_brings_the_old_folder_back(tmp_path, monkeypatch):
+  write(tmp_path / 'x', a='old')
+  rename = pathlib.Path.rename
+
+  def fail_for_new(path, target):
+    if path.name.endswith('-new'):
+      raise OSError(5, 'Input/output error')
+    return rename(path, target)
+
+  monkeypatch.setattr(pathlib.Path, 'rename', fail_for_new)
+  with pytest.raises(CheckpointError, match='Input/output error'):
+    write(tmp_path / 'x', a='new')
+  assert contents(tmp_path / 'x') == {'a': 'old'}
+
+
+def test_a_failed_write_after_a_killed_one_keeps_the_old_folder(tmp_path):
+  write(tmp_path / '.x.jlora-old', a='old')
+  with pytest.raises(CheckpointError):
+    write(tmp_path / 'x', a='half', **{'b' * 300: ''})
   assert contents(tmp_path / 'x') == {'a': 'old'}
 
 

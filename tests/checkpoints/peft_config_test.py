@@ -48,6 +48,14 @@ def test_rslora_becomes_the_alpha_with_the_same_scale(foreign_folder, adapted):
   assert adapter.spec.scale == 10.0 / math.sqrt(4)
 
 
+def test_all_linear_leaves_the_output_head_out(make_adapted, tmp_path):
+  adapted = make_adapted(tied=False, targets='all-linear')
+  adapted.save(tmp_path / 'x')
+  (tmp_path / 'x' / adapters.METADATA_FILE).unlink()
+  change_fields(tmp_path / 'x', target_modules='all-linear')
+  assert len(load_adapter(tmp_path / 'x', adapted.config).targets) == 7
+
+
 # Field, value, and what the refusal names.
 REFUSED_FIELDS = [
   ('peft_type', 'LOHA', "peft_type is 'LOHA'"),

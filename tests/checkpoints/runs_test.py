@@ -1,3 +1,4 @@
+import gc
 import shutil
 
 import jax
@@ -9,6 +10,11 @@ from jlora.checkpoints.runs import KEPT, RunCheckpoints
 from jlora.core.state import TrainState
 from jlora.errors import CheckpointError
 
+# Orbax drops coroutines where one of several reads fails.
+pytestmark = pytest.mark.filterwarnings(
+  'ignore:coroutine:RuntimeWarning',
+  'ignore::pytest.PytestUnraisableExceptionWarning',
+)
 RECORD = {'texts': ['ä'], 'best_loss': float('inf'), 'skipped': 0}
 
 
@@ -28,6 +34,12 @@ def assert_restores(checkpoints, step):
   state, record = checkpoints.restore(make_state(0))
   jax.tree.map(np.testing.assert_array_equal, state, make_state(step, step / 7))
   assert record == {**RECORD, 'step': step}
+
+
+@pytest.fixture(autouse=True)
+def _collect_dropped_coroutines():
+  yield
+  gc.collect()
 
 
 @pytest.fixture(scope='session')
@@ -87,21 +99,19 @@ def test_truncated_arrays_fall_back_with_a_warning(saved):
     assert_restores(checkpoints, 5)
 
 
-def test_one_flipped_bit_anywhere_is_found_or_harmless(two_saved, tmp_path):
+@pytest.mark.filterwarnings('ignore:the checkpoint of step 5:UserWarning')
+def test_a_flipped_bit_is_never_restored(two_saved, tmp_path):
   random = np.random.default_rng(0)
-  for i, path in enumerate(files_of(two_saved, 5)):
+  restored = []
+  for i, path in enumerate(files_of(two_saved, 5) * 3):
     saved = shutil.copytree(two_saved, tmp_path / str(i))
-    flipped = saved / path.relative_to(two_saved)
-    content = bytearray(flipped.read_bytes())
-    if not content:
-      continue
+    content = bytearray(path.read_bytes() or b'0')
     content[random.integers(len(content))] ^= 1 << random.integers(8)
-    flipped.write_bytes(content)
-    with RunCheckpoints(saved) as checkpoints, pytest.warns() as said:
-      state, record = checkpoints.restore(make_state(0))
-      said.append(None)
-    step = int(state.step)
-    assert step in (3, 5), flipped
+    (saved / path.relative_to(two_saved)).write_bytes(content)
+    with RunCheckpoints(saved) as checkpoints:
+      restored.append(int(checkpoints.restore(make_state(0))[0].step))
+      assert_restores(checkpoints, restored[-1])
+  assert set(restored) == {3, 5}  # some files hold nothing that is read
 
 
 def test_arrays_that_were_exchanged_are_refused(saved):

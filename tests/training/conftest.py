@@ -14,6 +14,7 @@ from jlora.data.batch import Batch
 from jlora.models import families
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
+from jlora.parallel.mesh import make_mesh, replicated
 from jlora.training.optimizers import OptimSpec, make_optimizer
 from jlora.training.step import make_loss
 
@@ -50,9 +51,18 @@ class Run:
   loss_fn: Any
 
   def state(self):
-    """A fresh state, whose buffers a step may take."""
+    """A fresh state on one device, whose buffers a step may take."""
     trainable = jax.tree.map(jnp.copy, self.trainable)
-    return jlora.TrainState(jnp.int32(0), trainable, self.tx.init(trainable))
+    opt_state = self.tx.init(trainable)
+    state = jlora.TrainState(jnp.int32(0), trainable, opt_state)
+    mesh = make_mesh(devices=jax.devices()[:1])
+    return jax.device_put(state, replicated(mesh))
+
+  def abstract_state(self):
+    """The shapes of a state."""
+    opt_state = jax.eval_shape(self.tx.init, self.trainable)
+    step = jax.ShapeDtypeStruct((), jnp.int32)
+    return jlora.TrainState(step, self.trainable, opt_state)
 
 
 @pytest.fixture(scope='session')
@@ -115,7 +125,9 @@ def make_run(make_params):
 def make_batch():
   """Draws a batch; the rows train very different numbers of tokens."""
 
-  def make(rows=8, length=16, seed=0):
+  def make(rows=8, length=16, seed=0, abstract=False):
+    if abstract:
+      return jax.eval_shape(lambda: make(rows, length))
     random = np.random.default_rng(seed)
     tokens = random.integers(0, 160, (rows, length + 1))
     lengths = 1 + np.arange(rows) * (length - 1) // max(rows - 1, 1)
