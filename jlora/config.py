@@ -37,6 +37,7 @@ _SECTIONS = {
   'mesh': MeshSpec,
   'log': LogSpec,
 }
+_TOP = [*_SECTIONS, 'base', 'seed']
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -84,15 +85,38 @@ def resolve(config: Mapping[str, Any]) -> RunSpec:
     ConfigError: A field is unknown, of the wrong type, or cannot be right.
   """
   fields = _as_dict(config)
-  _check_names('config', fields, [*_SECTIONS, 'base', 'seed'])
+  _check_names('config', fields, _TOP)
   sections = {
     name: None
     if fields.get(name) is None and name == 'quant'
     else _section(name, kind, fields.get(name) or {})
     for name, kind in _SECTIONS.items()
   }
-  base = fields.get('base') or DEFAULT_BASE
-  return RunSpec(base=base, seed=int(fields.get('seed', 0)), **sections)
+  base = _convert('base', fields.get('base', DEFAULT_BASE), str)
+  seed = _convert('seed', fields.get('seed', 0), int)
+  return RunSpec(base=base, seed=seed, **sections)
+
+
+def check_flag(name: str, value: str) -> None:
+  """Says what is wrong with a flag that the config did not take.
+
+  Args:
+    name: Such as 'lora.rank'.
+    value: What it was to be set to, as text.
+
+  Raises:
+    ConfigError: There is no such field, or it takes another type.
+  """
+  first, _, rest = name.partition('.')
+  _check_names('config', {first: None}, _TOP)
+  if first not in _SECTIONS:
+    _convert(name, value, {'base': str, 'seed': int}[first])
+    return
+  hints = typing.get_type_hints(_SECTIONS[first])
+  if not rest:
+    _check_section(first, value)
+  _check_names(f'config.{first}', {rest: None}, list(hints))
+  _convert(name, value, hints[rest])
 
 
 def _as_dict(config: Any) -> dict[str, Any]:
@@ -113,7 +137,16 @@ def _check_names(
       )
 
 
-def _section(name: str, kind: Any, fields: Mapping[str, Any]) -> Any:
+def _check_section(name: str, value: Any) -> None:
+  if not isinstance(value, Mapping):
+    raise ConfigError(
+      f'config.{name} is {value!r}; it is a section: set its fields, such as'
+      f' config.{name}.{dataclasses.fields(_SECTIONS[name])[0].name}'
+    )
+
+
+def _section(name: str, kind: Any, fields: Any) -> Any:
+  _check_section(name, fields)
   hints = typing.get_type_hints(kind)
   known = [field.name for field in dataclasses.fields(kind)]
   _check_names(f'config.{name}', fields, known)
@@ -135,7 +168,9 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
   kind = _plain(hint)
   if value is None or hint is Any:
     return value
-  if isinstance(value, str) and value[:1] in '([' and kind is not bool:
+  if (
+    isinstance(value, str) and value.startswith(('(', '[')) and kind is not bool
+  ):
     value = _literal(field, value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   if kind in (int, float) and number and kind(value) == value:

@@ -1,48 +1,118 @@
 """What every front door does: read flags, run, answer with an exit code."""
 
+import os
 import sys
+import traceback
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
 from absl import app, flags, logging
+from ml_collections import config_flags
 
 from jlora.errors import ConfigError, JloraError
 
 INTERRUPTED = 75  # stopped by a signal, after a complete checkpoint
+_KILLED = 130  # stopped by a signal without one, as a shell counts it
+_EXAMPLE = 'experiments/qlora.py'
 
 
 def enter(main: Callable[[], int | None]) -> NoReturn:
   """Parses the flags, runs `main` and exits.
 
   Exit codes: 0 done; 2 the user's input is wrong, said in one sentence; 3 the
-  run stopped to protect data; 75 stopped by a signal after a checkpoint.
+  run stopped to protect data, or the disk refused; 75 stopped by a signal
+  after a checkpoint; 130 stopped at once.
 
   Args:
     main: Returns an exit code, or None for 0.
   """
 
   def guarded(_: list[str]) -> int:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells a page a checkpoint
+    logging.set_verbosity(logging.ERROR)  # Orbax tells a page a checkpoint
+    warnings.showwarning = _show_warning
     try:
       return main() or 0
     except JloraError as error:
-      print(f'jlora: {error}', file=sys.stderr)
+      _say(str(error))
       return error.exit_code
+    except OSError as error:
+      _say(f'{error}; free or repair what it names, and run again')
+      return 3
+    except KeyboardInterrupt:
+      _say('stopped at once; a run continues from its last checkpoint')
+      return _KILLED
 
   app.run(guarded, flags_parser=_parse)
+
+
+def _say(text: str) -> None:
+  print('jlora:', ' '.join(text.split()), file=sys.stderr)
+
+
+def _show_warning(message: Warning | str, *_: Any) -> None:
+  _say(f'warning: {message}')
 
 
 def _parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
-  except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as e:
-    text = ' '.join(str(e).replace("\\'", "'").strip('"\'').split())
-    print(f'jlora: {text}; see --help', file=sys.stderr)
+  except Exception as error:  # an experiment file can raise anything
+    _say(_refusal(argv, error))
     sys.exit(2)
   if len(rest) > 1:
-    print(f'jlora: unknown argument {rest[1]!r}; see --help', file=sys.stderr)
+    _say(f'unknown argument {rest[1]!r}; see --help')
     sys.exit(2)
   return rest
+
+
+def _refusal(argv: list[str], error: Exception) -> str:
+  """Returns in one sentence what is wrong with the arguments."""
+  for argument in argv:
+    name, _, value = argument.partition('=')
+    if name == '--config' and not os.path.isfile(value):
+      return f'--config={value} does not exist; name a file such as {_EXAMPLE}'
+    if name == '--config' and (line := _line_in(value, error)):
+      what = f'{type(error).__name__}: {error}'
+      return f'--config={value} fails in line {line} with {what}; mend it'
+  if isinstance(error, flags.UnrecognizedFlagError):
+    return f'{error}; see --help'
+  return _config_refusal(argv, error)
+
+
+def _line_in(file: str, error: Exception) -> int | None:
+  """Returns the line of a file that an error comes from, if it does."""
+  if isinstance(error, SyntaxError):
+    return error.lineno
+  lines = (
+    frame.lineno
+    for frame in traceback.extract_tb(error.__traceback__)
+    if os.path.abspath(frame.filename) == os.path.abspath(file)
+  )
+  return next(lines, None)
+
+
+def _config_refusal(argv: list[str], error: Exception) -> str:
+  """Returns which flag of the config is wrong, and why."""
+  from jlora.config import check_flag
+
+  text = str(error)
+  for argument in argv:
+    name, _, value = argument.partition('=')
+    field = name.removeprefix('--config.')
+    if field == name:
+      continue
+    if f'field "{field.split(".")[0]}" is None' in text:
+      return (
+        f'{argument} sets a field of a section that is None in this'
+        f' experiment; start from one that has it, such as {_EXAMPLE}'
+      )
+    if isinstance(error, AttributeError | KeyError) or f'{name}=' in text:
+      try:
+        check_flag(field, value)
+      except ConfigError as refusal:
+        return str(refusal)
+  return f'{text}; see --help'
 
 
 def config_of(flag: Any) -> Any:
@@ -55,9 +125,12 @@ def config_of(flag: Any) -> Any:
     ConfigError: The flag is missing, or its file cannot be read.
   """
   if flag.value is None:
-    raise ConfigError('--config is missing; try --config=experiments/qlora.py')
+    raise ConfigError(f'--config is missing; try --config={_EXAMPLE}')
   try:
     flag.value.keys()
   except OSError as error:
-    raise ConfigError(f'--config cannot be read: {error}') from error
+    name = config_flags.get_config_filename(flags.FLAGS[flag.name])
+    raise ConfigError(
+      f'--config={name} cannot be read; name a file such as {_EXAMPLE}'
+    ) from error
   return flag.value

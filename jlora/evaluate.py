@@ -31,7 +31,7 @@ def main() -> None:
   from jlora.training.job import build
   from jlora.training.report import to_json
 
-  console = Console(soft_wrap=True)
+  console = Console(soft_wrap=True, highlight=False)
   job = build(spec, console)
   scores = evaluate_both(job, load_trained(job, result))
   for name, fields in scores.items():

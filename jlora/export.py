@@ -29,6 +29,7 @@ _OUT = flags.DEFINE_string('out', None, 'Folder to write.')
 _DTYPE = flags.DEFINE_string(
   'dtype', 'bfloat16', 'Of a merged model: bfloat16, float16 or float32.'
 )
+_DTYPES = ('bfloat16', 'float16', 'float32')
 _ANY_BASE = flags.DEFINE_bool(
   'allow_other_base', False, 'Accept an adapter that another base was part of.'
 )
@@ -40,6 +41,8 @@ def main() -> None:
     raise ConfigError(f'--to is {_TO.value!r}; use merged or peft')
   if not _OUT.value:
     raise ConfigError('--out is missing; name the folder to write')
+  if _DTYPE.value not in _DTYPES:
+    raise ConfigError(f'--dtype is {_DTYPE.value!r}; use {", ".join(_DTYPES)}')
   from jlora import runs
 
   tuned = runs.open_model(

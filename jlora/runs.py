@@ -77,4 +77,9 @@ def open_model(
   result = result_of(run, spec)
   if not spec.is_adapter:
     return load_tuned(str(result), dtype=spec.train.dtype)
-  return load_tuned(spec.base, result, dtype=spec.train.dtype)
+  return load_tuned(
+    spec.base,
+    result,
+    dtype=spec.train.dtype,
+    allow_other_base=allow_other_base,
+  )

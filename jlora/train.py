@@ -27,7 +27,7 @@ def main() -> int:
 
   from jlora.training.loop import train
 
-  console = Console(soft_wrap=True)
+  console = Console(soft_wrap=True, highlight=False)
   ended = train(spec, _WORKDIR.value or _default_workdir(), console)
   return 0 if ended else door.INTERRUPTED
 

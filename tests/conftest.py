@@ -4,7 +4,6 @@ import dataclasses
 import json
 import os
 import pathlib
-import signal
 import subprocess
 import sys
 import time
@@ -101,3 +100,92 @@ class Ended:
   stdout: str
   stderr: str
   seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Commands:
+  """Runs jlora's commands on the tiny base, each in a process of its own.
+
+  Programs are compiled once for all of them.
+  """
+
+  flags: tuple[str, ...]
+  cache: pathlib.Path
+
+  def start(self, module, *flags, **options):
+    environment = {
+      **os.environ,
+      'JAX_COMPILATION_CACHE_DIR': str(self.cache),
+      'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
+      'PYTHONPATH': str(ROOT),
+      'COLUMNS': '80',
+    }
+    return subprocess.Popen(
+      [sys.executable, '-m', f'jlora.{module}', *map(str, flags)],
+      stdout=subprocess.PIPE,
+      stderr=subprocess.PIPE,
+      text=True,
+      env=environment,
+      **options,
+    )
+
+  def end(self, process, timeout=240):
+    began = time.monotonic()
+    try:
+      stdout, stderr = process.communicate(timeout=timeout)
+    except subprocess.TimeoutExpired:
+      process.kill()
+      process.communicate()
+      raise
+    seconds = time.monotonic() - began
+    return Ended(process.returncode, stdout, stderr, seconds)
+
+  def run(self, module, *flags, **options):
+    return self.end(self.start(module, *flags, **options))
+
+  def start_training(self, workdir, *flags, experiment='qlora'):
+    config = ROOT / 'experiments' / f'{experiment}.py'
+    named = (f'--config={config}', f'--workdir={workdir}')
+    return self.start('train', *named, *self.flags, *flags)
+
+  def train(self, workdir, *flags, experiment='qlora'):
+    return self.end(self.start_training(workdir, *flags, experiment=experiment))
+
+  def train_until(self, workdir, step, number):
+    """Starts training and sends a signal once a step is in the metrics."""
+    process = self.start_training(workdir)
+    metrics = workdir / 'metrics.jsonl'
+    while process.poll() is None:
+      text = metrics.read_text() if metrics.exists() else ''
+      if f'"step": {step},' in text:
+        process.send_signal(number)
+        break
+      time.sleep(0.003)
+    return self.end(process)
+
+
+@pytest.fixture(scope='session')
+def commands(tiny_base, tiny_data, tmp_path_factory):
+  fields = {
+    'base': tiny_base,
+    'data.train': tiny_data,
+    'data.max_length': 64,
+    'train.steps': 120,
+    'train.checkpoint_every': 25,
+    'eval.every': 10,
+    'eval.max_new_tokens': 4,
+    'eval.samples': 2,
+    'lora.alpha': 24.0,  # not the rank, and no multiple of it
+    'optim.learning_rate': 1e-2,
+  }
+  flags = tuple(f'--config.{name}={value}' for name, value in fields.items())
+  return Commands(flags, tmp_path_factory.mktemp('compiled'))
+
+
+@pytest.fixture(scope='session')
+def finished(commands, tmp_path_factory):
+  """The folder of a QLoRA run that was never interrupted, and its output."""
+  workdir = tmp_path_factory.mktemp('runs') / 'finished'
+  ended = commands.train(workdir)
+  assert ended.rc == 0, ended.stderr
+  return workdir, ended

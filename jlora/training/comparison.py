@@ -31,6 +31,7 @@ from jlora.training.comparison_tasks import (
 )
 from jlora.training.workers import WorkerError
 
+
 def compare(
   spec: ComparisonSpec,
   workdir: os.PathLike[str] | str,

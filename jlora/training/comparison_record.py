@@ -177,6 +177,10 @@ def _check_alike(arms: dict[str, Any]) -> None:
 
 
 def _machine() -> dict[str, Any]:
-  cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+  cores = (
+    len(os.sched_getaffinity(0))
+    if hasattr(os, 'sched_getaffinity')
+    else os.cpu_count()
+  )
   memory = os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE')
   return {'cores': cores, 'memory_bytes': memory}

@@ -46,9 +46,7 @@ class ComparisonSpec:
           f'arm {name!r} names folders; use letters, digits and underscores'
         )
     if not self.seeds or len(set(self.seeds)) < len(self.seeds):
-      raise ConfigError(
-        f'seeds are {self.seeds}; give one or more, each once'
-      )
+      raise ConfigError(f'seeds are {self.seeds}; give one or more, each once')
     if not all(factor > 0 for factor in self.grid):
       raise ConfigError(
         f'grid is {self.grid}; factors of a learning rate are above 0'

@@ -132,5 +132,3 @@ def with_rate(run: RunSpec, rate: float) -> RunSpec:
   """Returns the run at another learning rate."""
   optim = dataclasses.replace(run.optim, learning_rate=rate)
   return dataclasses.replace(run, optim=optim)
-
-

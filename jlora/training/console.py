@@ -32,7 +32,7 @@ class Ticker:
     self._last_line = time.monotonic()
     self._bar = Progress(
       TextColumn('training'),
-      BarColumn(),
+      BarColumn(bar_width=20),
       MofNCompleteColumn(),
       TextColumn('{task.fields[status]}'),
       TimeRemainingColumn(),
@@ -77,7 +77,13 @@ def show_table(console: Console, title: str, rows: Any) -> None:
     title: Above the table.
     rows: Pairs of text.
   """
-  table = Table(title=title, title_justify='left', show_header=False, box=None)
+  table = Table(
+    title=title,
+    title_justify='left',
+    show_header=False,
+    box=None,
+    pad_edge=False,
+  )
   table.add_column(style='dim')
   table.add_column(justify='right')
   for name, value in rows:

@@ -49,9 +49,7 @@ def step_flops(spec: RunSpec, config: DecoderConfig) -> float | None:
   tx = make_optimizer(spec.optim, 1, trainable)
   head = families.head_path(config)
   loss_fn = make_loss(
-    Decoder(
-      config, dtype=dtype, remat=spec.train.remat, unroll=config.layers
-    ),
+    Decoder(config, dtype=dtype, remat=spec.train.remat, unroll=config.layers),
     lora,
     chunk=spec.train.batch_size * spec.data.max_length,
     frozen_head=not any(

@@ -85,11 +85,11 @@ class Job:
     Raises:
       DataError: Base or data are others now.
     """
-    for name, digest in self.origin.items():
-      if digest != origin[name]:
+    for name, found in self.origin.items():
+      if found != origin[name]:
         raise DataError(
           f'this run began with a {name} of sha256 {origin[name]}, and now it'
-          f' has {digest}; restore the {name}, or choose another --workdir'
+          f' has {found}; restore the {name}, or choose another --workdir'
         )
 
 

@@ -8,7 +8,6 @@
 """
 
 import os
-from typing import Any
 
 from rich.console import Console
 

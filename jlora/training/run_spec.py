@@ -13,11 +13,13 @@ REMAT = ('none', 'dots', 'full')
 DTYPES = ('auto', 'float32', 'bfloat16')
 
 
-def _require_positive(section: str, spec: Any, *fields: str) -> None:
+def _require(section: str, spec: Any, *fields: str, least: int = 1) -> None:
   for field in fields:
     value = getattr(spec, field)
-    if value < 1:
-      raise ConfigError(f'{section}.{field} is {value}; it must be 1 or more')
+    if value is not None and value < least:
+      raise ConfigError(
+        f'{section}.{field} is {value}; it must be {least} or more'
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class DataSpec:
       raise ConfigError(
         f'data.max_length is {self.max_length}; it must be 2 tokens or more'
       )
-    _require_positive('data', self, 'eval_examples')
+    _require('data', self, 'train_examples', 'eval_examples')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +82,7 @@ class TrainSpec:
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    _require_positive(
+    _require(
       'train',
       self,
       'batch_size',
@@ -100,9 +102,9 @@ class TrainSpec:
         ' exactly one of them'
       )
     length = self.steps if self.epochs is None else self.epochs
-    if not length > 0:
+    if not 0 < length < float('inf'):
       raise ConfigError(
-        f'train.steps or epochs is {length}; it must be positive'
+        f'train.steps or epochs is {length}; it must be above 0 and finite'
       )
     if self.remat not in REMAT:
       raise ConfigError(f'train.remat {self.remat!r} is none of {REMAT}')
@@ -130,7 +132,8 @@ class EvalSpec:
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    _require_positive('eval', self, 'every', 'max_new_tokens', 'batch_size')
+    _require('eval', self, 'every', 'max_new_tokens', 'batch_size')
+    _require('eval', self, 'examples', 'samples', least=0)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +161,7 @@ class LogSpec:
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    _require_positive('log', self, 'every')
+    _require('log', self, 'every')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +178,11 @@ class RunSpec:
   mesh: MeshSpec
   log: LogSpec
   seed: int = 0
+
+  def __post_init__(self) -> None:
+    """Checks the seed."""
+    if not 0 <= self.seed < 1 << 32:
+      raise ConfigError(f'seed is {self.seed}; it must be in [0, 2^32)')
 
   @property
   def is_adapter(self) -> bool:

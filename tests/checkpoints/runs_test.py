@@ -130,7 +130,7 @@ def test_where_all_are_damaged_nothing_starts_from_zero(saved):
       truncate(path)
   with (
     RunCheckpoints(saved) as checkpoints,
-    pytest.raises(CheckpointError, match='step 5: .*step 3: ') as caught,
+    pytest.raises(CheckpointError, match=r'step 5: .*step 3: ') as caught,
   ):
     checkpoints.restore(make_state(0))
   assert caught.value.exit_code == 3

@@ -1,6 +1,7 @@
 """A tiny scanned decoder, its parameters, and adapters that are not zero."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Case:
   """A decoder with both halves of its parameters, adapters trained a little."""
 
@@ -63,13 +64,13 @@ def perturb():
 def make_case(config, params, perturb):
   """Builds a Case; keywords of `LoraSpec` follow the first two arguments."""
 
+  @functools.cache
   def make(remat='none', quant=True, dtype=jnp.float32, **fields):
     fields = {'rank': 3, 'alpha': 12.0} | fields
     spec = families.resolve(jlora.LoraSpec(**fields), config)
     four_bit = families.resolve(jlora.QuantSpec(), config) if quant else None
-    frozen, trainable = jlora.partition(
-      jax.random.key(2), params, spec, quant=four_bit
-    )
+    split = functools.partial(jlora.partition, spec=spec, quant=four_bit)
+    frozen, trainable = jax.jit(split)(jax.random.key(2), params)
     return Case(
       model=Decoder(config, dtype=dtype, remat=remat),
       spec=spec,

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 import inspect
 
@@ -72,7 +73,7 @@ def test_leaves_trained_whole_have_the_gradient_of_merge(make_case, fields):
 def test_a_new_adapter_learns_through_b_alone(make_case):
   case = make_case()
   _, trainable = jlora.partition(jax.random.key(0), case.frozen, case.spec)
-  case.trainable = trainable
+  case = dataclasses.replace(case, trainable=trainable)
   _, grads = value_and_grad(lifted_loss, case)
   for name, grad in zip(
     jax.tree.leaves(jlora.labels(grads)), jax.tree.leaves(grads), strict=True

@@ -1,6 +1,7 @@
 """A tiny run: a decoder, both halves of its parameters, and packed batches."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -39,7 +40,7 @@ SMOLLM2 = DecoderConfig(
 )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Run:
   """What a training step is made of."""
 
@@ -74,6 +75,7 @@ def sizes():
 def make_params():
   """Initializes a decoder, or gives the shapes of its parameters only."""
 
+  @functools.cache
   def make(config, abstract=False):
     def init():
       tokens = jnp.zeros((1, 2), jnp.int32)
@@ -88,6 +90,7 @@ def make_params():
 def make_run(make_params):
   """Builds a Run; keywords of `LoraSpec` come last."""
 
+  @functools.cache
   def make(
     config=TINY,
     *,
@@ -103,9 +106,9 @@ def make_run(make_params):
     spec = families.resolve(spec, config)
     four_bit = families.resolve(jlora.QuantSpec(), config) if quant else None
     model = Decoder(config, remat=remat, unroll=unroll)
-    frozen, trainable = jlora.partition(
-      jax.random.key(1), make_params(config, abstract), spec, quant=four_bit
-    )
+    split = functools.partial(jlora.partition, spec=spec, quant=four_bit)
+    split = split if abstract else jax.jit(split)
+    frozen, trainable = split(jax.random.key(1), make_params(config, abstract))
     optim = optim or OptimSpec(learning_rate=1e-2, schedule='constant')
     return Run(
       model=model,

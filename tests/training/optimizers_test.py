@@ -98,7 +98,7 @@ def test_weight_decay_alone_shrinks_what_it_may():
   spec = OptimSpec(learning_rate=0.5, schedule='constant', weight_decay=0.1)
   tx = make_optimizer(spec, 5, TRAINABLE)
   zeros = jax.tree.map(jnp.zeros_like, TRAINABLE)
-  updates, _ = tx.update(zeros, tx.init(TRAINABLE), TRAINABLE)
+  updates, _ = jax.jit(tx.update)(zeros, tx.init(TRAINABLE), TRAINABLE)
   np.testing.assert_allclose(updates['up']['kernel']['b'], -0.025, rtol=1e-6)
   assert not np.any(updates['norm']['scale']['full'])
 
@@ -117,8 +117,9 @@ def test_the_updates_are_those_of_adamw():
   results = []
   for tx in (make_optimizer(spec, 6, TRAINABLE), oracle):
     params, state = TRAINABLE, tx.init(TRAINABLE)
+    update = jax.jit(tx.update)
     for seed in range(4):
-      updates, state = tx.update(like(params, seed), state, params)
+      updates, state = update(like(params, seed), state, params)
       params = optax.apply_updates(params, updates)
     results.append(params)
   jax.tree.map(
@@ -128,7 +129,7 @@ def test_the_updates_are_those_of_adamw():
 
 def first_moments(tx, grads):
   """Adam's first moment after one update, which is (1 - b1) * gradient."""
-  _, state = tx.update(grads, tx.init(TRAINABLE), TRAINABLE)
+  _, state = jax.jit(tx.update)(grads, tx.init(TRAINABLE), TRAINABLE)
   names = jax.tree_util.tree_leaves_with_path(state)
   return [leaf for path, leaf in names if '.mu' in jax.tree_util.keystr(path)]
 
