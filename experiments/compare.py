@@ -43,7 +43,7 @@ def get_config():
   # first step does not count.
   c.timing = {'rounds': 3, 'steps': 6}
 
-  # What --quick changes of all this.
+  # What --quick changes of all this, where no flag sets it.
   c.quick = {
     'run': {
       'data': {'eval_examples': 100},

@@ -2,7 +2,7 @@ r"""Compares: `python -m jlora.compare --config=experiments/compare.py`.
 
   --workdir=DIR     where the runs, comparison.json, report.md and figures go;
                     default runs/<name of the config>
-  --quick           the config's short form: one seed, fewer steps
+  --quick           the config's short form, but for fields that flags set
   --config.run.SECTION.FIELD=        changes every arm
   --config.arms.ARM.SECTION.FIELD=   changes one
 
@@ -28,9 +28,12 @@ _QUICK = flags.DEFINE_bool('quick', False, 'The short form of the config.')
 def main() -> int:
   """Resolves the arms, then compares them."""
   if _CONFIG.value is None:
-    raise ConfigError('--config is missing; try --config=experiments/compare.py')
+    raise ConfigError(
+      '--config is missing; try --config=experiments/compare.py'
+    )
   fields = door.config_of(_CONFIG).to_dict()
-  spec = arms.resolve(fields, quick=_QUICK.value)
+  given = config_flags.get_override_values(flags.FLAGS['config'])
+  spec = arms.resolve(fields, quick=_QUICK.value, given=given)
   for run in spec.arms.values():
     config.check_sources(run)
   # Heavy imports come after the checks, so a refusal is quick.

@@ -61,10 +61,14 @@ def _defaults(section: Any) -> ml_collections.ConfigDict:
   hints = typing.get_type_hints(section)
   fields: dict[str, Any] = {}
   for field in dataclasses.fields(section):
-    if field.default in (None, dataclasses.MISSING):
-      fields[field.name] = config_dict.placeholder(_plain(hints[field.name]))
+    kind, default = _plain(hints[field.name]), field.default
+    if default in (None, dataclasses.MISSING):
+      fields[field.name] = config_dict.placeholder(kind)
+    elif isinstance(default, str | tuple) and hints[field.name] is not str:
+      # One pattern or several: a ConfigDict would hold on to the first type.
+      fields[field.name] = config_dict.FieldReference(default, object)
     else:
-      fields[field.name] = field.default
+      fields[field.name] = default
   return ml_collections.ConfigDict(fields)
 
 
@@ -97,12 +101,12 @@ def resolve(config: Mapping[str, Any]) -> RunSpec:
   return RunSpec(base=base, seed=seed, **sections)
 
 
-def check_flag(name: str, value: str) -> None:
+def check_flag(name: str, value: str | None) -> None:
   """Says what is wrong with a flag that the config did not take.
 
   Args:
     name: Such as 'lora.rank'.
-    value: What it was to be set to, as text.
+    value: Text that its type did not take; None where the name is in doubt.
 
   Raises:
     ConfigError: There is no such field, or it takes another type.
@@ -114,7 +118,8 @@ def check_flag(name: str, value: str) -> None:
     return
   hints = typing.get_type_hints(_SECTIONS[first])
   if not rest:
-    _check_section(first, value)
+    _check_section(first, value or {})
+    return
   _check_names(f'config.{first}', {rest: None}, list(hints))
   _convert(name, value, hints[rest])
 
@@ -168,9 +173,7 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
   kind = _plain(hint)
   if value is None or hint is Any:
     return value
-  if (
-    isinstance(value, str) and value.startswith(('(', '[')) and kind is not bool
-  ):
+  if isinstance(value, str) and value[:1] in ('(', '[') and kind is not bool:
     value = _literal(field, value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   if kind in (int, float) and number and kind(value) == value:

@@ -29,7 +29,7 @@ def enter(main: Callable[[], int | None]) -> NoReturn:
   """
 
   def guarded(_: list[str]) -> int:
-    logging.set_verbosity(logging.ERROR)  # Orbax tells a page a checkpoint
+    logging.set_verbosity(logging.FATAL)  # what Orbax logs, it also raises
     warnings.showwarning = _show_warning
     try:
       return main() or 0
@@ -68,6 +68,8 @@ def _parse(argv: list[str]) -> list[str]:
 
 def _refusal(argv: list[str], error: Exception) -> str:
   """Returns in one sentence what is wrong with the arguments."""
+  while 'whilst parsing config file' in str(error) and error.__context__:
+    error = error.__context__  # absl has put the traceback into the message
   for argument in argv:
     name, _, value = argument.partition('=')
     if name == '--config' and not os.path.isfile(value):
@@ -107,9 +109,10 @@ def _config_refusal(argv: list[str], error: Exception) -> str:
         f'{argument} sets a field of a section that is None in this'
         f' experiment; start from one that has it, such as {_EXAMPLE}'
       )
-    if isinstance(error, AttributeError | KeyError) or f'{name}=' in text:
+    unknown = isinstance(error, AttributeError | KeyError)
+    if unknown or f'{name}=' in text:
       try:
-        check_flag(field, value)
+        check_flag(field, None if unknown else value)
       except ConfigError as refusal:
         return str(refusal)
   return f'{text}; see --help'

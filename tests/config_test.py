@@ -144,7 +144,7 @@ def test_a_value_of_the_wrong_type_is_refused(sections, message):
     ({'train': {'accumulate': 3}}, '4 cannot be cut into train.accumulate=3'),
     ({'train': {'epochs': 1.0}}, 'steps is 3 and train.epochs is 1.0'),
     ({'train': {'steps': None}}, 'steps is None and train.epochs is None'),
-    ({'train': {'steps': -1}}, 'it must be positive'),
+    ({'train': {'steps': -1}}, 'steps or epochs is -1'),
     ({'train': {'remat': 'some'}}, "train.remat 'some' is none of"),
     ({'train': {'dtype': 'float16'}}, "train.dtype 'float16' is none of"),
     ({'data': {'train': ''}}, 'data.train is empty'),

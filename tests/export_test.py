@@ -65,6 +65,7 @@ def test_sixteen_bits_round_every_weight_once(
     np.testing.assert_array_equal(saved[path], rounded)
 
 
+@pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing`:FutureWarning')
 def test_peft_opens_the_adapter_on_the_dequantized_base(
   commands, finished, tuned, logits, transformers, tmp_path
 ):

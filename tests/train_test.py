@@ -7,6 +7,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from jlora.checkpoints.run_folder import RunFolder
+
 TIMING = {'step_seconds', 'tokens_per_s'}
 CONTRACT = {
   'adapter',
@@ -170,29 +172,10 @@ def test_another_config_in_the_same_folder_is_refused(commands, finished):
   assert_refused(ended, 'lora.rank=16', '8', 'another --workdir')
 
 
-def test_other_data_in_the_same_place_is_refused(
-  commands, finished, tmp_path, tiny_data
-):
-  run = shutil.copytree(finished[0], tmp_path / 'run')
-  data, text = tiny_data.read_bytes(), tiny_data.read_text()
-  try:
-    tiny_data.write_text(text.replace('what is 3 + 4?', 'what is 4 + 3?'))
-    ended = commands.train(run, '--config.train.steps=130')
-  finally:
-    tiny_data.write_bytes(data)
-  assert_refused(ended, 'data', 'sha256')
-
-
 def test_only_one_process_trains_in_a_folder(commands, tmp_path):
-  run = tmp_path / 'run'
-  first = commands.start_training(run)
-  try:
-    while not (run / '.lock').exists():
-      assert first.poll() is None
-    assert_refused(commands.train(run), 'another process', str(run))
-  finally:
-    first.kill()
-    first.communicate()
+  with RunFolder(tmp_path / 'run'):
+    ended = commands.train(tmp_path / 'run')
+  assert_refused(ended, 'another process', str(tmp_path / 'run'))
 
 
 def test_damaged_checkpoints_never_start_from_zero(
@@ -203,8 +186,7 @@ def test_damaged_checkpoints_never_start_from_zero(
     if path.is_file():
       os.truncate(path, path.stat().st_size // 2)
   ended = commands.train(run, '--config.train.steps=130')
-  assert ended.rc == 3
-  assert ended.stderr.count('\n') == 1
+  assert (ended.rc, ended.stderr.count('\n')) == (3, 1), ended.stderr
   assert 'no checkpoint' in ended.stderr
 
 
@@ -217,7 +199,7 @@ def test_damaged_checkpoints_never_start_from_zero(
     ('--config.train.remat=3', ["'3'", 'full']),
     ('--config.data.pack=7', ["'7'", 'bool']),
     ('--config.seed=-1', ['-1']),
-    ('--config.lora=7', ["'7'", 'section']),
+    ('--config.mesh=7', ["'7'", 'section']),
     ('--config.data.train=no.jsonl', ['no.jsonl', 'does not exist']),
     ('--config.base=no.gguf', ['no.gguf', 'does not exist']),
     ('--nope=3', ["'nope'", '--help']),
@@ -280,7 +262,7 @@ def get_config():
   [
     (None, ['experiment.py', 'experiments/qlora.py']),
     (EXPERIMENT.format('c.lora.rnk = 3'), ["'rnk'", "'rank'"]),
-    (EXPERIMENT.format('c.lora = 3'), ['config.lora is 3', 'section']),
+    (EXPERIMENT.format('c.lora = 3'), ['line 6', 'lora']),
     (EXPERIMENT.format('c.train.steps = 1 / 0'), ['line 6', 'ZeroDivision']),
     ('def get_config()', ['line 1', 'SyntaxError']),
   ],

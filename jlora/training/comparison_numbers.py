@@ -58,7 +58,8 @@ class Arm:
     loss: Held-out loss after training.
     answers: Scores before and after by name, `exact_match` and `well_formed`;
       empty for data without a verifier.
-    scored: Answers behind them, over all seeds.
+    scored: Answers of a run behind them; all seeds answer the same prompts.
+    skipped: Updates that were not finite and so not applied, over all seeds.
     file_bytes: Of the weights that a run leaves.
     curves: A run each: seconds of training and held-out loss.
   """
@@ -77,6 +78,7 @@ class Arm:
   loss: Spread
   answers: dict[str, tuple[Spread, Spread]]
   scored: int
+  skipped: int
   file_bytes: int
   curves: list[list[tuple[float, float]]]
 
@@ -117,7 +119,8 @@ def _arm(name: str, record: Mapping[str, Any]) -> Arm:
       for score in ('exact_match', 'well_formed')
       if score in first['tuned_model']
     },
-    scored=sum(run['tuned_model'].get('scored', 0) for run in runs),
+    scored=first['tuned_model'].get('scored', 0),
+    skipped=sum(run['skipped_updates'] for run in runs),
     file_bytes=first['file_bytes'],
     curves=[[(p['seconds'], p['loss']) for p in r['held_out']] for r in runs],
   )
@@ -139,16 +142,23 @@ def loss_tolerance(one: Arm, other: Arm) -> float:
   """Returns the difference of two arms' losses that counts as none, in nats.
 
   Two standard deviations over seeds, and 0.02 nats at least.
+
+  Args:
+    one: An arm.
+    other: Another.
   """
   deviations = [x.loss.deviation or 0.0 for x in (one, other)]
   return max(0.02, 2 * max(deviations))
 
 
 def sampling_error(arms: Sequence[Arm]) -> float:
-  """Returns what exact match may differ by chance between two arms.
+  """Returns how far two arms' exact match may lie apart by chance.
 
-  Two standard errors of the difference of two shares, each over all answers
-  of an arm, at the arms' mean share.
+  Two standard errors of the difference of two shares, at the arms' mean share
+  and with a run's number of answers.
+
+  Args:
+    arms: Arms with scored answers.
   """
   share = statistics.fmean(arm.answers['exact_match'][1].mean for arm in arms)
   return 2 * math.sqrt(2 * share * (1 - share) / arms[0].scored)

@@ -18,6 +18,7 @@ _KEPT = (
   'compiled_peak_bytes',
   'data_digest',
   'process_peak_bytes',
+  'skipped_updates',
   'steps',
   'trainable_params',
   'trained_tokens',
@@ -47,7 +48,8 @@ def gather(
     JSON values; report and figures are made of nothing else.
 
   Raises:
-    ConfigError: Runs of one seed saw different data, or versions differ.
+    ConfigError: Runs of one seed saw different data, versions differ, or a
+      loss is not finite.
   """
   base = open_base(next(iter(spec.arms.values())).base)
   shared, differing = _split_fields(spec)
@@ -83,6 +85,11 @@ def read_run(folder: pathlib.Path, run: RunSpec) -> dict[str, Any]:
     run: Its spec.
   """
   summary = json.loads((folder / 'summary.json').read_text())
+  if summary['tuned_model']['eval_loss'] is None:
+    raise ConfigError(
+      f'the run in {folder} ended with a held-out loss that is not finite, at'
+      f' optim.learning_rate={run.optim.learning_rate}; lower it for this arm'
+    )
   parts = summary['bytes']
   result = folder / ('adapter' if run.is_adapter else 'model')
   return {
@@ -102,8 +109,7 @@ def read_run(folder: pathlib.Path, run: RunSpec) -> dict[str, Any]:
 
 def step_times(folder: pathlib.Path) -> list[float]:
   """Returns the seconds that each step of a run took."""
-  lines = _metrics(folder)
-  return [x['step_seconds'] for x in lines if 'step_seconds' in x]
+  return [x['step_seconds'] for x in _metrics(folder) if 'step_seconds' in x]
 
 
 def final_loss(folder: pathlib.Path) -> float | None:
@@ -119,7 +125,7 @@ def _curve(folder: pathlib.Path) -> list[dict[str, float]]:
   seconds, points = 0.0, []
   for line in _metrics(folder):
     seconds += line.get('step_seconds', 0.0)
-    if 'eval_loss' in line:
+    if line.get('eval_loss') is not None:
       points.append(
         {'step': line['step'], 'seconds': seconds, 'loss': line['eval_loss']}
       )
@@ -167,7 +173,7 @@ def _check_alike(arms: dict[str, Any]) -> None:
   first_name, first = next(iter(arms.items()))
   for name, arm in arms.items():
     for one, other in zip(first['runs'], arm['runs'], strict=True):
-      for field in ('data_digest', 'trained_tokens', 'steps', 'versions'):
+      for field in ('data_digest', 'steps', 'versions'):
         if one[field] != other[field]:
           raise ConfigError(
             f'with seed {one["seed"]}, {field} is {one[field]} for arm'

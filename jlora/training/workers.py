@@ -11,8 +11,11 @@ from jlora.errors import JloraError
 from jlora.training.run_spec import RunSpec
 from jlora.training.signals import StopRequest
 
+_TRAIN = (sys.executable, '-m', 'jlora.train')
 _INTERRUPTED = 75  # what `jlora.train` exits with after a signal
 _POLL_SECONDS = 0.2
+_PREFIX = 'jlora: '  # of what a front door says on stderr
+_WARNING = f'{_PREFIX}warning: '
 _EXPERIMENT = '''"""The run in this folder, as jlora.compare started it."""
 
 import ml_collections
@@ -61,12 +64,16 @@ def train_apart(spec: RunSpec, folder: pathlib.Path) -> bool:
   experiment.write_text(
     _EXPERIMENT.format(fields=textwrap.indent(fields, ' ' * 4))
   )
-  command = [sys.executable, '-m', 'jlora.train']
-  command += [f'--config={experiment}', f'--workdir={folder}']
-  code = _run(command, folder / 'stderr.log')
+  log = folder / 'stderr.log'
+  flags = [f'--config={experiment}', f'--workdir={folder}']
+  code = _run([*_TRAIN, *flags], log)
+  said = log.read_text(errors='replace').splitlines()
+  for line in said:
+    if line.startswith(_WARNING):
+      print(line, file=sys.stderr)
   if code in (0, _INTERRUPTED):
     return code == 0
-  raise _failure(folder, code)
+  raise _failure(folder, code, said)
 
 
 def _run(command: list[str], log: pathlib.Path) -> int:
@@ -88,14 +95,20 @@ def _run(command: list[str], log: pathlib.Path) -> int:
       process.kill()  # does nothing once it has ended
 
 
-def _failure(folder: pathlib.Path, code: int) -> WorkerError:
-  log = folder / 'stderr.log'
-  lines = log.read_text(errors='replace').split('\n')
-  said = [line.removeprefix('jlora: ') for line in lines if 'jlora: ' in line]
-  if code in (2, 3) and said:
-    return WorkerError(f'{folder.name}: {said[-1]}', code)
+def _failure(folder: pathlib.Path, code: int, said: list[str]) -> WorkerError:
+  """Returns the error for an exit code and the lines of stderr."""
+  reasons = [
+    line.removeprefix(_PREFIX)
+    for line in said
+    if line.startswith(_PREFIX) and not line.startswith(_WARNING)
+  ]
+  if code in (2, 3) and reasons:
+    return WorkerError(f'{folder.name}: {reasons[-1]}', code)
+  end = f'ended with exit code {code}'
   if code < 0:
-    reason = f'was killed by signal {-code}, perhaps for want of memory'
-  else:
-    reason = f'ended with exit code {code}'
-  return WorkerError(f'the run in {folder} {reason}; see {log}', 1)
+    end = f'was killed by signal {-code}, perhaps for want of memory'
+  return WorkerError(
+    f'the run in {folder} {end}; see {folder / "stderr.log"}, and run again to'
+    ' continue',
+    1,
+  )

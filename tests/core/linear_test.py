@@ -107,6 +107,27 @@ def test_no_dense_kernel_is_kept_for_the_backward_pass(adapter):
   assert (7, IN) in [x.shape for x in jax.tree.leaves(pull)]
 
 
+def test_a_scan_over_layers_holds_one_dense_kernel_at_a_time():
+  layers, size = 8, 256
+  kernels = jax.eval_shape(
+    lambda: quantize_leaf(
+      jnp.zeros((layers, size, size)),
+      parse_roles('layers | in -> out'),
+      jlora.QuantSpec(),
+    )
+  )
+
+  def loss(x, kernels):
+    def body(h, kernel):
+      return jnp.sin(linear(h, kernel)), None
+
+    return jax.lax.scan(body, x, kernels)[0].sum()
+
+  x = jax.ShapeDtypeStruct((4, size), jnp.float32)
+  compiled = jax.jit(jax.grad(loss)).lower(x, kernels).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes <= 1.5 * 4 * size**2
+
+
 def test_no_product_has_the_shape_of_the_kernel(kernel, adapter):
   def loss(x, adapter):
     return linear(x, kernel, adapter).sum()
