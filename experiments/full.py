@@ -14,5 +14,5 @@ def get_config():
   with c.unlocked():
     c.lora.targets = ()
     c.lora.train_full = '.*'
-    c.optim.learning_rate = 1e-4  # a tenth of LoRA's
+    c.optim.learning_rate = 2e-4  # a tenth of LoRA's
   return c

@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -176,8 +177,9 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
   if isinstance(value, str) and value[:1] in ('(', '[') and kind is not bool:
     value = _literal(field, value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
-  if kind in (int, float) and number and kind(value) == value:
-    return kind(value)
+  whole = number and math.isfinite(value) and value == int(value)
+  if kind is int and whole:
+    return int(value)
   if kind in (bool, str) and isinstance(value, kind):
     return value
   if kind not in (int, float, bool) and isinstance(value, tuple | list | dict):
@@ -185,7 +187,7 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
   if typing.get_origin(kind) is tuple and isinstance(value, str):
     return value
   if kind is float and number:
-    return value
+    return float(value)
   wanted = getattr(kind, '__name__', str(kind))
   raise ConfigError(f'config.{field} is {value!r}; it takes {wanted}')
 

@@ -15,6 +15,21 @@ from jlora.errors import ConfigError, JloraError
 INTERRUPTED = 75  # stopped by a signal, after a complete checkpoint
 _KILLED = 130  # stopped by a signal without one, as a shell counts it
 _EXAMPLE = 'experiments/qlora.py'
+# What parsing raises: flags of absl, and whatever an experiment file runs into.
+_MISTAKES = (
+  flags.Error,
+  ArithmeticError,
+  AssertionError,
+  AttributeError,
+  ImportError,
+  LookupError,
+  NameError,
+  OSError,
+  RuntimeError,
+  SyntaxError,
+  TypeError,
+  ValueError,
+)
 
 
 def enter(main: Callable[[], int | None]) -> NoReturn:
@@ -57,7 +72,7 @@ def _show_warning(message: Warning | str, *_: Any) -> None:
 def _parse(argv: list[str]) -> list[str]:
   try:
     rest = flags.FLAGS(argv)
-  except Exception as error:  # an experiment file can raise anything
+  except _MISTAKES as error:
     _say(_refusal(argv, error))
     sys.exit(2)
   if len(rest) > 1:

@@ -16,6 +16,16 @@ from jlora.core.state import TrainState
 from jlora.errors import CheckpointError
 
 KEPT = 2  # a damaged newest checkpoint leaves one to fall back to
+# What Orbax was seen to raise on truncated files and flipped bits.
+_DAMAGE = (
+  AssertionError,
+  AttributeError,
+  LookupError,
+  OSError,
+  RuntimeError,
+  TypeError,
+  ValueError,
+)
 
 
 class RunCheckpoints:
@@ -97,7 +107,7 @@ class RunCheckpoints:
     for step in reversed(self.steps()):
       try:
         found = self._restore(step, like)
-      except Exception as error:  # damaged files make Orbax raise anything
+      except _DAMAGE as error:
         damaged[step] = _first_line(error)
         continue
       self._remove(damaged, step)

@@ -126,12 +126,17 @@ def lines_of(run):
   return [json.loads(line) for line in text.splitlines()]
 
 
+def weight_after(steps):
+  weight = np.float32(1)
+  for _ in range(steps):
+    weight += np.float32(0.1)
+  return float(weight)
+
+
 def test_a_run_ends_with_what_its_steps_made(run, world):
   assert run()[0]
-  weight = np.float32(1)
-  for _ in range(6):
-    weight += np.float32(0.1)
-  assert (run.folder / 'adapter.txt').read_text() == str([float(weight)] * 3)
+  text = (run.folder / 'adapter.txt').read_text()
+  assert text == str([weight_after(6)] * 3)
   assert world.saved == [('best', 3), ('best', 6), ('adapter', 6)]
   assert world.answered == 2
 
@@ -188,8 +193,14 @@ def test_too_many_in_a_row_stop_with_the_last_good_state(run, world):
   assert 'continuing after step 4' in run()[1]
 
 
+def test_a_worse_adapter_does_not_replace_the_best(run, world):
+  world.losses = {weight_after(6): 9.0}
+  assert 'held-out loss 9.0000\n' in run()[1]
+  assert world.saved == [('best', 3), ('adapter', 6)]
+
+
 def test_a_loss_that_is_not_finite_does_not_become_the_best(run, world):
-  world.losses = {float(np.float32(1.3000001)): math.nan, 1.0: math.nan}
+  world.losses = {weight_after(3): math.nan, 1.0: math.nan}
   ended, said = run()
   assert ended
   assert 'step 3: held-out loss nan, which is not finite' in said
