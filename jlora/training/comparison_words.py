@@ -181,8 +181,8 @@ def _limits(arms: Sequence[Arm], record: Mapping[str, Any]) -> str:
     )
   else:
     parts.append(
-      'Learning rates were given, not tuned: each arm could gain from its own'
-      ' search.'
+      'Learning rates were given, not tuned arm by arm: any arm could gain from'
+      ' a search of its own.'
     )
   parts.append(
     'It is one model and one task. Small models lose more to 4 bits than'

@@ -267,7 +267,7 @@ def test_a_grid_is_shown_with_what_failed(make_record):
   assert '| full | 0.0001 | 0.6000 |' in report
   assert '| full | 0.001 | failed |' in report
   assert 'flatters every arm' in report
-  assert 'were given, not tuned' in markdown(make_record())
+  assert 'not tuned arm by arm' in markdown(make_record())
 
 
 def test_two_arms_of_other_names_are_enough(make_record):
