@@ -4,8 +4,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jlora import config
+from jlora.comparison.spec import ComparisonSpec
 from jlora.errors import ConfigError
-from jlora.training.comparison_spec import ComparisonSpec
 from jlora.training.run_spec import RunSpec
 
 _FIELDS = ('run', 'arms', 'seeds', 'grid', 'timing', 'quick')

@@ -39,7 +39,7 @@ def main() -> int:
   # Heavy imports come after the checks, so a refusal is quick.
   from rich.console import Console
 
-  from jlora.training.comparison import compare
+  from jlora.comparison.compare import compare
 
   ended = compare(
     spec,

@@ -1,6 +1,7 @@
 """What every front door does: read flags, run, answer with an exit code."""
 
 import os
+import re
 import sys
 import traceback
 import warnings
@@ -14,6 +15,8 @@ from jlora.errors import ConfigError, JloraError
 
 INTERRUPTED = 75  # stopped by a signal, after a complete checkpoint
 _KILLED = 130  # stopped by a signal without one, as a shell counts it
+# Before the fields of a run in the config of a comparison.
+_SHARED = re.compile(r'^(quick\.)?(run|arms\.\w+)\.')
 _EXAMPLE = 'experiments/qlora.py'
 # What parsing raises: flags of absl, and whatever an experiment file runs into.
 _MISTAKES = (
@@ -119,6 +122,7 @@ def _config_refusal(argv: list[str], error: Exception) -> str:
     field = name.removeprefix('--config.')
     if field == name:
       continue
+    field = _SHARED.sub('', field)
     if f'field "{field.split(".")[0]}" is None' in text:
       return (
         f'{argument} sets a field of a section that is None in this'

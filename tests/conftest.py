@@ -26,6 +26,33 @@ TEMPLATE = (
 
 
 @pytest.fixture(scope='session')
+def sizes():
+  """Decoders by name: two small layers, and SmolLM2-135M's sizes."""
+  from jlora.models.config import DecoderConfig
+
+  tiny = DecoderConfig(
+    vocab_size=160,
+    embed_dim=64,
+    mlp_dim=96,
+    layers=2,
+    heads=4,
+    kv_heads=2,
+    head_dim=16,
+  )
+  smollm2 = DecoderConfig(
+    vocab_size=49152,
+    embed_dim=576,
+    mlp_dim=1536,
+    layers=30,
+    heads=9,
+    kv_heads=3,
+    head_dim=64,
+    rope_theta=1e5,
+  )
+  return {'tiny': tiny, 'smollm2': smollm2}
+
+
+@pytest.fixture(scope='session')
 def tiny_base(tmp_path_factory):
   """A Hugging Face folder: two random layers and a byte-level tokenizer."""
   from jlora.checkpoints.hf import save_folder

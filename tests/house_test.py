@@ -18,8 +18,9 @@ FLOORS = {
   'data': 3,
   'inference': 4,
   'training': 5,
+  'comparison': 6,
 }
-TOP = 6  # config, front doors and what front doors share
+TOP = 7  # config, front doors and what front doors share
 ANYWHERE = ('errors', 'version')
 
 

@@ -13,31 +13,10 @@ import pytest
 import jlora
 from jlora.data.batch import Batch
 from jlora.models import families
-from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel.mesh import make_mesh, replicated
 from jlora.training.optimizers import OptimSpec, make_optimizer
 from jlora.training.step import make_loss
-
-TINY = DecoderConfig(
-  vocab_size=160,
-  embed_dim=64,
-  mlp_dim=96,
-  layers=2,
-  heads=4,
-  kv_heads=2,
-  head_dim=16,
-)
-SMOLLM2 = DecoderConfig(
-  vocab_size=49152,
-  embed_dim=576,
-  mlp_dim=1536,
-  layers=30,
-  heads=9,
-  kv_heads=3,
-  head_dim=64,
-  rope_theta=1e5,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,11 +46,6 @@ class Run:
 
 
 @pytest.fixture(scope='session')
-def sizes():
-  return {'tiny': TINY, 'smollm2': SMOLLM2}
-
-
-@pytest.fixture(scope='session')
 def make_params():
   """Initializes a decoder, or gives the shapes of its parameters only."""
 
@@ -87,12 +61,12 @@ def make_params():
 
 
 @pytest.fixture(scope='session')
-def make_run(make_params):
+def make_run(make_params, sizes):
   """Builds a Run; keywords of `LoraSpec` come last."""
 
   @functools.cache
   def make(
-    config=TINY,
+    config=None,
     *,
     remat='full',
     quant=True,
@@ -102,6 +76,7 @@ def make_run(make_params):
     optim=None,
     **fields,
   ):
+    config = config or sizes['tiny']
     spec = jlora.LoraSpec(**({'rank': 4} | fields))
     spec = families.resolve(spec, config)
     four_bit = families.resolve(jlora.QuantSpec(), config) if quant else None

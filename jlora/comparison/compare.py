@@ -18,18 +18,18 @@ import pathlib
 
 from rich.console import Console
 
-from jlora.errors import ConfigError
-from jlora.training.comparison_record import final_loss, gather
-from jlora.training.comparison_report import write_report
-from jlora.training.comparison_spec import ComparisonSpec
-from jlora.training.comparison_tasks import (
+from jlora.comparison.record import final_loss, gather
+from jlora.comparison.report import write_report
+from jlora.comparison.spec import ComparisonSpec
+from jlora.comparison.tasks import (
   Task,
   runs,
   searches,
   timing,
   with_rate,
 )
-from jlora.training.workers import WorkerError
+from jlora.comparison.workers import WorkerError
+from jlora.errors import ConfigError
 
 
 def compare(

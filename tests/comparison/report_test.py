@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from jlora.training.comparison_numbers import PARTS, read_arms, sampling_error
-from jlora.training.comparison_report import markdown, write_report
-from jlora.training.comparison_words import size
+from jlora.comparison.numbers import PARTS, read_arms, sampling_error
+from jlora.comparison.report import markdown, write_report
+from jlora.comparison.words import size
 
 BASE = 538_060_032
 ADAPTERS = 4_884_480

@@ -3,7 +3,7 @@ import dataclasses
 import pytest
 
 from jlora import config
-from jlora.training.flops import step_flops
+from jlora.comparison.flops import step_flops
 
 ARMS = {
   'full': {'lora': {'targets': (), 'train_full': '.*'}},

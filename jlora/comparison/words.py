@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from jlora.training.comparison_numbers import (
+from jlora.comparison.numbers import (
   Arm,
   Spread,
   loss_tolerance,

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from jlora.training.comparison_numbers import PARTS, Arm
+from jlora.comparison.numbers import PARTS, Arm
 
 # Okabe and Ito's colors, which the color-blind can tell apart.
 _ARM_COLORS = ('#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9')

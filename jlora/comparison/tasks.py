@@ -5,10 +5,10 @@ import pathlib
 import shutil
 from collections.abc import Iterator
 
+from jlora.comparison.spec import ComparisonSpec, flat, flat_json
+from jlora.comparison.workers import train_apart
 from jlora.errors import ConfigError
-from jlora.training.comparison_spec import ComparisonSpec, flat, flat_json
 from jlora.training.run_spec import LogSpec, RunSpec
-from jlora.training.workers import train_apart
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora.checkpoints.bases import open_base
+from jlora.comparison.flops import step_flops
+from jlora.comparison.spec import ComparisonSpec, flat
+from jlora.comparison.tasks import Task
 from jlora.errors import ConfigError
-from jlora.training.comparison_spec import ComparisonSpec, flat
-from jlora.training.comparison_tasks import Task
-from jlora.training.flops import step_flops
 from jlora.training.run_spec import RunSpec
 
 _KEPT = (

@@ -7,12 +7,12 @@ import pytest
 from rich.console import Console
 
 from jlora import config
+from jlora.comparison import tasks
+from jlora.comparison.compare import compare
+from jlora.comparison.record import read_run
+from jlora.comparison.spec import ComparisonSpec
+from jlora.comparison.workers import WorkerError
 from jlora.errors import ConfigError
-from jlora.training import comparison_tasks
-from jlora.training.comparison import compare
-from jlora.training.comparison_record import read_run
-from jlora.training.comparison_spec import ComparisonSpec
-from jlora.training.workers import WorkerError
 
 PARTS = {
   'frozen, quantized': 100,
@@ -89,7 +89,7 @@ class Trainer:
 @pytest.fixture
 def trainer(monkeypatch):
   trainer = Trainer()
-  monkeypatch.setattr(comparison_tasks, 'train_apart', trainer)
+  monkeypatch.setattr(tasks, 'train_apart', trainer)
   return trainer
 
 

@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from jlora import config
-from jlora.training import workers
+from jlora.comparison import workers
 
 SPEC = config.resolve(
   {'data': {'train': 'a.jsonl'}, 'train': {'steps': 2}, 'quant': {}, 'seed': 3}

@@ -9,9 +9,9 @@ import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jlora.training.comparison_figures import draw_losses, draw_memory
-from jlora.training.comparison_numbers import Arm, read_arms
-from jlora.training.comparison_words import answer, listed, size
+from jlora.comparison.figures import draw_losses, draw_memory
+from jlora.comparison.numbers import Arm, read_arms
+from jlora.comparison.words import answer, listed, size
 
 # Sources: "Memory and training speed" in torchtune's README (rows packed to
 # 2,048 tokens, two at a time, compiled); PEFT's method comparison.

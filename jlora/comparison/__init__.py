@@ -1,0 +1,1 @@
+"""The same data and budget for every method: what each costs and gives."""
