@@ -4,6 +4,8 @@ r"""Full fine-tuning of SmolLM2-135M-Instruct: as lora.py, every weight trained.
 
 The run folder then holds `model`, a folder that transformers loads, in place
 of `adapter`, and no `best`.
+
+Two CPU cores: 4.4 s an update, process peak 4.1 GB.
 """
 
 from experiments import lora

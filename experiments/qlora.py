@@ -3,7 +3,9 @@ r"""QLoRA on SmolLM2-135M-Instruct: NF4 base, rank 16 on every linear layer.
   python -m jlora.train --config=experiments/qlora.py
 
 It learns to name family relationships from a few sentences, in one word.
-RESULT_LINE
+
+Two CPU cores, from an empty cache: 4 min 16 s, process peak 1.4 GiB; exact
+match on 200 held-out questions 0 % -> 47 %, held-out loss 7.55 -> 0.58.
 """
 
 from jlora.config import default_config, default_quant

@@ -182,7 +182,7 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
     return int(value)
   if kind in (bool, str) and isinstance(value, kind):
     return value
-  if kind not in (int, float, bool) and isinstance(value, tuple | list | dict):
+  if 'tuple' in str(hint) and isinstance(value, tuple | list | dict):
     return value
   if typing.get_origin(kind) is tuple and isinstance(value, str):
     return value

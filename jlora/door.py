@@ -48,6 +48,8 @@ def enter(main: Callable[[], int | None]) -> NoReturn:
 
   def guarded(_: list[str]) -> int:
     logging.set_verbosity(logging.FATAL)  # what Orbax logs, it also raises
+    # transformers would advise to install torch, which nothing here needs.
+    os.environ.setdefault('TRANSFORMERS_NO_ADVISORY_WARNINGS', '1')
     warnings.showwarning = _show_warning
     try:
       return main() or 0

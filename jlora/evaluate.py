@@ -33,6 +33,7 @@ def main() -> None:
 
   console = Console(soft_wrap=True, highlight=False)
   job = build(spec, console)
+  job.check_origin(runs.origin_of(_RUN.value))
   scores = evaluate_both(job, load_trained(job, result))
   for name, fields in scores.items():
     values = (f'{key} {value:.4g}' for key, value in fields.items())

@@ -4,7 +4,7 @@ r"""Writes what a run trained in a form that other programs open.
 
 --to=merged  a Hugging Face folder that transformers loads: the base that was
              trained on (4-bit codes decoded) plus the update, summed in
-             float32 and written in 16 bits. It computes what was trained.
+             float32 and written in --dtype. It computes what was trained.
 --to=peft    an adapter folder that PEFT loads.
 
 Instead of --run: --base=B --adapter=DIR.

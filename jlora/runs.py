@@ -1,5 +1,6 @@
 """Run folders, opened again after training."""
 
+import json
 import os
 import pathlib
 
@@ -38,11 +39,22 @@ def result_of(run: os.PathLike[str] | str, spec: RunSpec) -> pathlib.Path:
     ConfigError: The run has not ended.
   """
   path = pathlib.Path(run) / ('adapter' if spec.is_adapter else 'model')
-  if not path.is_dir():
+  if not (path.is_dir() and (path.parent / 'summary.json').is_file()):
     raise ConfigError(
-      f'{str(run)!r} has no {path.name} folder yet; let its training end'
+      f'the run in {str(run)!r} has not ended; let its training end, which'
+      f' writes {path.name} and summary.json'
     )
   return path
+
+
+def origin_of(run: os.PathLike[str] | str) -> dict[str, str]:
+  """Returns the digests of the base and the data that a run was made of.
+
+  Args:
+    run: The folder of a run that has ended.
+  """
+  summary = json.loads((pathlib.Path(run) / 'summary.json').read_text())
+  return {'base': summary['base_sha256'], 'data': summary['data_digest']}
 
 
 def open_model(

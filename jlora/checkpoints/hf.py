@@ -3,7 +3,6 @@
 import json
 import os
 import pathlib
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +10,7 @@ import numpy as np
 import safetensors
 
 from jlora.checkpoints import tokenizers
-from jlora.checkpoints.folders import restore_folder
+from jlora.checkpoints.folders import replacing
 from jlora.checkpoints.shards import (
   DTYPES,
   SINGLE,
@@ -45,7 +44,6 @@ _SAVED = {  # what a saved model consists of
   'added_tokens.json',
   'chat_template.jinja',
 }
-_BESIDE = ('new', 'old')
 _HEAD = 'lm_head.weight'
 # Saved by old versions of transformers; computed, not learned.
 _BUFFER = '.self_attn.rotary_emb.inv_freq'
@@ -185,27 +183,11 @@ def save_folder(
   folder = pathlib.Path(folder).resolve()
   dtype = _check_dtype(dtype)
   _check_replaceable(folder)
-  new, old = (folder.with_name(f'.{folder.name}.jlora-{w}') for w in _BESIDE)
-  try:
-    restore_folder(folder)
-    for leftover in (new, old):
-      shutil.rmtree(leftover, ignore_errors=True)
-    new.mkdir(parents=True)
+  with replacing(folder) as new:
     write_tensors(
       new / SINGLE, _stored_names(config), dtype, _stored(config, params)
     )
     _write_metadata(new, config, tokenizer, dtype, eos_token_ids)
-    if folder.exists():
-      folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-  except OSError as error:
-    restore_folder(folder)
-    raise CheckpointError(
-      f'{folder} cannot be written ({error}); what was there before is kept'
-    ) from error
-  finally:
-    shutil.rmtree(new, ignore_errors=True)
 
 
 def _check_dtype(dtype: Any) -> np.dtype:

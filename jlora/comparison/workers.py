@@ -86,7 +86,8 @@ def _run(command: list[str], log: pathlib.Path) -> int:
       passed_on = False
       while True:
         try:
-          return process.wait(_POLL_SECONDS)
+          code = process.wait(_POLL_SECONDS)
+          return _INTERRUPTED if passed_on else code
         except subprocess.TimeoutExpired:
           if stop.requested and not passed_on:
             process.terminate()

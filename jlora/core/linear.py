@@ -101,8 +101,8 @@ def _backward(
 ) -> tuple[Any, ...]:
   x_dtype, _, precision = settings
   kernel, adapter, reads, separate = saved
-  # Without the barrier XLA would keep the forward pass's dense kernel alive
-  # for this second use instead of decoding the codes again.
+  # Decode the codes again: the barrier keeps a compiler from sharing the
+  # forward pass's dense kernel with this second use, which would keep it alive.
   g, kernel = jax.lax.optimization_barrier((g, kernel))
   dense = _dense(kernel)
   dx = _dot(g, dense.T, x_dtype, precision)

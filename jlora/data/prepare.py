@@ -137,7 +137,13 @@ def _load(
     )
     trained, held_out = _hold_out(train, rows, eval_examples, seed)
     said = f'{len(held_out)} of {len(rows)} held out, chosen by seed {seed}'
-    return trained[:train_examples], held_out, [note, said]
+    notes = [note, said]
+    if train_examples is not None and train_examples < len(trained):
+      notes.append(
+        f'data.train_examples leaves out {len(trained) - train_examples:,} of'
+        f' the other {len(trained):,} rows'
+      )
+    return trained[:train_examples], held_out, notes
   rows, note = load_conversations(
     train, split='train', examples=train_examples, seed=seed
   )

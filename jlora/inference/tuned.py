@@ -90,9 +90,14 @@ def load_tuned(
   adapter = None
   if adapter_folder is not None:
     adapter = load_adapter(pathlib.Path(adapter_folder), base.config)
-    check_fingerprint(
+    same = check_fingerprint(
       adapter.metadata, base.sha256, allow_other_base=allow_other_base
     )
+    if not same:
+      warnings.warn(
+        f'the adapter in {adapter_folder} is not known to belong to this base',
+        stacklevel=2,
+      )
     quant = _trained_quant(adapter, quant)
   if quant is not None:
     quant = families.resolve(quant, base.config)

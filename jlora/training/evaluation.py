@@ -70,14 +70,18 @@ def answer(job: Job, trainable: Any) -> Answers:
   """
   spec = job.spec.eval
   scored = bool(job.data.score and spec.examples)
-  asked = prompted(job)[: spec.examples if scored else spec.samples]
+  count = max(spec.examples, spec.samples) if scored else spec.samples
+  asked = prompted(job)[:count]
   tokenizer = job.base.tokenizer
   prompts = [prompt_tokens(conversation, tokenizer) for conversation in asked]
   texts = complete(job, trainable, prompts)
   if not scored:
     return Answers(texts, None)
   scores = score_generations(
-    texts, asked, job.data.score, job.data.is_well_formed
+    texts[: spec.examples],
+    asked[: spec.examples],
+    job.data.score,
+    job.data.is_well_formed,
   )
   return Answers(texts, scores)
 

@@ -181,7 +181,18 @@ def resolve(spec: RunSpec, base: Base) -> RunSpec:
     weight.path: jax.ShapeDtypeStruct(weight.shape, jnp.float32)
     for weight in families.weights(base.config)
   }
-  plan(shapes, lora)
+  adapted, whole = plan(shapes, lora)
+  for path in adapted:
+    if not path.endswith('/kernel'):
+      raise ConfigError(
+        f'lora.targets matches {path!r}; adapters on embeddings are not in'
+        ' this version, so train it whole with lora.train_full'
+      )
+  if quant is not None and set(whole) == set(shapes):
+    raise ConfigError(
+      'quant is set, but lora.train_full takes every leaf, so there is nothing'
+      ' to quantize; set quant to None, as experiments/full.py does'
+    )
   return dataclasses.replace(spec, lora=lora, quant=quant)
 
 

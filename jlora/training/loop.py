@@ -13,6 +13,7 @@ from rich.console import Console
 
 from jlora.checkpoints.run_folder import MetricsFile, RunFolder
 from jlora.checkpoints.runs import RunCheckpoints
+from jlora.errors import ConfigError
 from jlora.parallel.devices import warn_of_idle_gpu
 from jlora.training import artifacts, evaluation
 from jlora.training.console import Ticker, show_table
@@ -61,13 +62,21 @@ def _is_complete(
   console: Console,
 ) -> bool:
   """Stage 1: returns whether the folder's run has ended, and tells changes."""
-  if not checkpoints.steps():
+  ended = folder.path('summary.json').exists()
+  if not (ended or checkpoints.steps()):
+    if folder.path('metrics.jsonl').exists():
+      console.print('there is no checkpoint yet: starting from the beginning')
     return False
   changes = folder.check_config(spec.to_json())
   longer = {'train.steps', 'train.epochs'} & changes.keys()
-  if folder.path('summary.json').exists() and not longer:
+  if ended and not longer:
     console.print(f'{folder.root} is complete; nothing to do')
     return True
+  if not checkpoints.steps():
+    raise ConfigError(
+      f'{folder.root} is complete and its checkpoints are gone, so it cannot'
+      ' be continued; choose another --workdir'
+    )
   for field, (old, new) in changes.items():
     console.print(f'continuing with {field}={new!r}, which was {old!r}')
   return False
@@ -82,16 +91,16 @@ def _start(
 ) -> tuple[Progress, MetricsFile]:
   """Stage 3: returns where the run stands, and its metrics up to there."""
   found = checkpoints.restore(job.state)
+  if found is not None:
+    job.check_origin(found[1]['origin'])
+  folder.write('config.json', spec.to_json())
   if found is None:
-    folder.write('config.json', spec.to_json())
     return _measure_base(job, folder, console)
   state, record = found
-  job.check_origin(record['origin'])
   progress = Progress(state, **record['progress'])
   console.print(f'continuing after step {progress.step}')
   if progress.step < job.steps:
     folder.path('summary.json').unlink(missing_ok=True)
-    folder.write('config.json', spec.to_json())
   path = folder.path('metrics.jsonl')
   return progress, MetricsFile(path, up_to=progress.step)
 

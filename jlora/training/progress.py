@@ -58,10 +58,10 @@ class Progress:
       NonFiniteError: More updates in a row than `train.max_skipped` were not
         finite. None of them was applied.
     """
-    step = self.step
+    step, skipped = self.step, self.skipped
     began = time.perf_counter()
-    batch = job.place(job.loader.batch(step))
-    self.state, measured = job.step(self.state, job.frozen, batch)
+    batch = job.loader.batch(step)
+    self.state, measured = job.step(self.state, job.frozen, job.place(batch))
     measured = jax.device_get(measured)
     seconds = time.perf_counter() - began
     self._count(measured, job.spec.train.max_skipped)
@@ -70,10 +70,11 @@ class Progress:
       'loss': float(measured['loss']),
       'tokens': int(measured['tokens']),
       'grad_norm': float(measured['grad_norm']),
-      'learning_rate': float(job.schedule(step)),
+      # A skipped update does not advance the schedule.
+      'learning_rate': float(job.schedule(step - skipped)),
       'skipped': self.skipped,
       'step_seconds': seconds,
-      'tokens_per_s': batch.tokens.size / seconds,
+      'tokens_per_s': int((batch.segment_ids > 0).sum()) / seconds,
     }
 
   def _count(self, measured: dict[str, Any], most: int) -> None:

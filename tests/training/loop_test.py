@@ -4,6 +4,7 @@ import functools
 import json
 import math
 import os
+import shutil
 import signal
 import types
 
@@ -41,10 +42,12 @@ def world(monkeypatch):
       state=state,
       frozen=None,
       origin={'base': 'b', 'data': world.data},
-      loader=types.SimpleNamespace(batch=lambda step: step),
-      place=lambda step: types.SimpleNamespace(
-        step=step, tokens=np.zeros((2, 4))
+      loader=types.SimpleNamespace(
+        batch=lambda step: types.SimpleNamespace(
+          step=step, segment_ids=np.ones((2, 4))
+        )
       ),
+      place=lambda batch: batch,
       step=functools.partial(_step, world),
       schedule=lambda step: spec.optim.learning_rate,
       footprint=types.SimpleNamespace(rows=lambda: []),
@@ -318,3 +321,17 @@ def test_a_refused_run_leaves_no_folder(run, world, monkeypatch):
 def test_whole_models_have_no_best(run, world):
   run(lora={'targets': (), 'train_full': '.*'})
   assert world.saved == [('model', 6)]
+
+
+def test_a_finished_run_without_checkpoints_is_complete_and_stays(run, world):
+  run()
+  saved = list(world.saved)
+  shutil.rmtree(run.folder / 'checkpoints')
+  ended, said = run()
+  assert ended
+  assert 'complete' in said
+  with pytest.raises(ConfigError, match=r'lora\.rank'):
+    run(lora={'rank': 8})
+  with pytest.raises(ConfigError, match='checkpoints are gone'):
+    run(steps=9)
+  assert world.saved == saved
