@@ -94,7 +94,7 @@ def test_the_same_command_again_trains_nothing(compared, commands, flags):
     ('--config.seeds=(1,1)', 'seeds are (1, 1)'),
     ('--workdir=/dev/null/x', '/dev/null/x'),
     ('--config.run.train.steps=3', 'train.steps'),
-    ('--config.run.train.stepz=3', 'run'),
+    ('--config.run.train.stepz=3', "no field 'stepz'; did you mean 'steps'"),
     ('--fast', 'fast'),
   ],
 )
