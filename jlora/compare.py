@@ -10,7 +10,6 @@ Each run is a process of its own and leaves an ordinary run folder. The same
 command again continues a comparison that was stopped.
 """
 
-import pathlib
 import shlex
 import sys
 
@@ -43,16 +42,11 @@ def main() -> int:
 
   ended = compare(
     spec,
-    _WORKDIR.value or _default_workdir(),
+    _WORKDIR.value or door.default_workdir(_CONFIG),
     Console(soft_wrap=True),
     command=shlex.join(['python', '-m', 'jlora.compare', *sys.argv[1:]]),
   )
   return 0 if ended else door.INTERRUPTED
-
-
-def _default_workdir() -> pathlib.Path:
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
-  return pathlib.Path('runs') / pathlib.Path(name).stem
 
 
 if __name__ == '__main__':

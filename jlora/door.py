@@ -1,6 +1,7 @@
 """What every front door does: read flags, run, answer with an exit code."""
 
 import os
+import pathlib
 import re
 import sys
 import traceback
@@ -158,3 +159,13 @@ def config_of(flag: Any) -> Any:
       f'--config={name} cannot be read; name a file such as {_EXAMPLE}'
     ) from error
   return flag.value
+
+
+def default_workdir(flag: Any) -> pathlib.Path:
+  """Returns `runs/NAME`, NAME being that of the config's file.
+
+  Args:
+    flag: From `config_flags.DEFINE_config_file`.
+  """
+  name = config_flags.get_config_filename(flags.FLAGS[flag.name])
+  return pathlib.Path('runs') / pathlib.Path(name).stem

@@ -7,8 +7,6 @@ r"""Trains: `python -m jlora.train --config=experiments/qlora.py`.
 The same command again continues a run that was stopped.
 """
 
-import pathlib
-
 from absl import flags
 from ml_collections import config_flags
 
@@ -28,13 +26,8 @@ def main() -> int:
   from jlora.training.loop import train
 
   console = Console(soft_wrap=True, highlight=False)
-  ended = train(spec, _WORKDIR.value or _default_workdir(), console)
+  ended = train(spec, _WORKDIR.value or door.default_workdir(_CONFIG), console)
   return 0 if ended else door.INTERRUPTED
-
-
-def _default_workdir() -> pathlib.Path:
-  name = config_flags.get_config_filename(flags.FLAGS['config'])
-  return pathlib.Path('runs') / pathlib.Path(name).stem
 
 
 if __name__ == '__main__':

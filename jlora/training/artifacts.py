@@ -57,7 +57,6 @@ def save_trained(
     metadata={
       'base_sha256': job.base.sha256,
       'data_digest': job.digest,
-      'jlora_version': __version__,
       'quantization': quantization(job),
       'step': step,
     },
