@@ -15,7 +15,7 @@ from ml_collections import config_dict
 
 from jlora.checkpoints.bases import DEFAULT_BASE, check_base
 from jlora.core.lora import LoraSpec
-from jlora.core.quantized import QuantSpec
+from jlora.core.quantization import QuantSpec
 from jlora.data.sources import check_source, is_task
 from jlora.errors import ConfigError
 from jlora.training.optimizers import OptimSpec

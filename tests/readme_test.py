@@ -1,9 +1,12 @@
 """The README's code runs as printed."""
 
+import contextlib
+import io
 import pathlib
 import re
 
 import jax.numpy as jnp
+import pytest
 
 README = pathlib.Path(__file__).parent.parent / 'README.md'
 
@@ -13,13 +16,35 @@ def blocks(language: str) -> list[str]:
   return re.findall(pattern, README.read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_the_example_trains_a_model_that_is_not_ours():
-  (example,) = blocks('python')
+@pytest.fixture(scope='module')
+def ran():
+  """What the names are after each block of code, and what was printed."""
   names: dict = {}
-  exec(compile(example, str(README), 'exec'), names)
+  states, printed = [], io.StringIO()
+  with contextlib.redirect_stdout(printed):
+    for block in blocks('python'):
+      exec(compile(block, str(README), 'exec'), names)
+      states.append(dict(names))
+  return states, printed.getvalue()
+
+
+def test_the_example_trains_a_model_that_is_not_ours(ran):
+  names = ran[0][0]
   assert jnp.isfinite(names['loss'])
   assert set(names['trainable']) == {'Dense_0', 'Dense_1', 'Dense_2'}
   assert names['dense']['Dense_0']['kernel'].shape == (512, 128)
+
+
+@pytest.mark.parametrize('place', [1, 2], ids=['linen', 'nnx'])
+def test_a_model_of_your_own_takes_twelve_lines(ran, place):
+  lines = [line for line in blocks('python')[place].splitlines() if line]
+  assert len(lines) <= 12
+  assert ran[0][place]['y'].shape == (2, 16, 64)
+  assert set(ran[0][place]['trainable']) == {'query', 'key', 'value', 'out'}
+
+
+def test_the_table_of_a_spec_is_the_one_shown(ran):
+  assert ran[1] in blocks('')
 
 
 def test_the_files_that_commands_name_exist():

@@ -8,10 +8,13 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
+
 from jlora.checkpoints import folders
+from jlora.core import tree
+from jlora.core.lazy import densify, is_lazy
 from jlora.core.lora import LoraSpec
 from jlora.errors import AdapterError
-from jlora.models import families
 from jlora.version import __version__
 
 CONFIG_FILE = 'adapter_config.json'
@@ -27,33 +30,40 @@ class Adapter:
 
   Attributes:
     trainable: As from `jlora.partition`, with float32 arrays on the host.
-    rank: Inner size of every low-rank pair.
-    alpha: Strength: an update is `(alpha / rank) * a @ b`.
-    targets: Paths of the leaves with a low-rank pair, which are patterns too.
-    train_full: Paths of the leaves that are stored whole.
-    dropout: What the adapter was trained with.
+    spec: What `trainable` fits, for `jlora.combine` and `jlora.merge`. Its
+      patterns are paths of leaves and layers.
     metadata: What `jlora_metadata.json` says; empty where there is none.
+    base_leaves: Leaves of the base by path that the files repeat, as PEFT does
+      with an embedding that has a low-rank pair; see `check_base_leaves`.
   """
 
   trainable: dict[str, Any]
-  rank: int
-  alpha: float
-  targets: tuple[str, ...]
-  train_full: tuple[str, ...]
-  dropout: float
+  spec: LoraSpec
   metadata: dict[str, Any]
+  base_leaves: dict[str, np.ndarray]
 
-  @property
-  def spec(self) -> LoraSpec:
-    """The spec that `trainable` fits, for `jlora.combine` and `jlora.merge`."""
-    return LoraSpec(
-      rank=self.rank,
-      alpha=self.alpha,
-      targets=self.targets,
-      axes=families.AXES,
-      dropout=self.dropout,
-      train_full=self.train_full,
-    )
+
+def check_base_leaves(adapter: Adapter, params: Any) -> None:
+  """Checks that the base has the leaves that an adapter's files repeat.
+
+  PEFT puts what the files repeat in place of the base's own; jlora does not.
+
+  Args:
+    adapter: The adapter.
+    params: Parameters of the base.
+
+  Raises:
+    AdapterError: A leaf is another one, beyond rounding to bfloat16.
+  """
+  leaves = tree.leaves_by_path(params, is_lazy)
+  for path, copy in adapter.base_leaves.items():
+    leaf = np.asarray(densify(leaves[path], np.float32))
+    if not np.allclose(leaf, copy, rtol=2**-8, atol=0):
+      raise AdapterError(
+        f'the adapter was saved with {path!r} of its base, which is not that of'
+        f' this base: they differ by {np.abs(leaf - copy).max():.3g}; use the'
+        ' base it was trained on'
+      )
 
 
 def check_fingerprint(

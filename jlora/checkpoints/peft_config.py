@@ -1,18 +1,18 @@
 """PEFT's adapter_config.json: what is written, understood and refused."""
 
-import dataclasses
-import math
 import pathlib
 import re
+from collections.abc import Mapping
 from typing import Any
 
 from jlora.checkpoints import adapters
-from jlora.checkpoints.peft_modules import (
-  Modules,
+from jlora.checkpoints.peft_modules import Modules, shorten
+from jlora.checkpoints.peft_names import (
   saved_modules,
-  shorten,
   target_modules,
+  trained_rows,
 )
+from jlora.checkpoints.peft_selection import Selection, check_selection
 from jlora.errors import AdapterError
 
 # The version of PEFT whose fields are written.
@@ -30,9 +30,7 @@ _ARITHMETIC = {
   'megatron_config': None,
   'monteclora_config': None,
   'target_parameters': None,
-  'trainable_token_indices': None,
   'use_bdlora': None,
-  'use_dora': False,
   'use_qalora': False,
   'velora_config': None,
 }
@@ -50,6 +48,8 @@ _SELECTION = {
   'r': 8,
   'rank_pattern': {},
   'target_modules': None,
+  'trainable_token_indices': None,
+  'use_dora': False,
   'use_rslora': False,
 }
 
@@ -75,25 +75,6 @@ _NOTES = {
 _INITS_THAT_KEEP_THE_BASE = (True, False, 'gaussian', 'eva', 'orthogonal')
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Selection:
-  """What an adapter_config.json means for one base.
-
-  Attributes:
-    rank: Of every low-rank pair.
-    alpha: Such that an update is `(alpha / rank) * B @ A`.
-    dropout: What the adapter was trained with.
-    targets: Modules with a low-rank pair.
-    saved: Modules that are stored whole.
-  """
-
-  rank: int
-  alpha: float
-  dropout: float
-  targets: frozenset[str]
-  saved: frozenset[str]
-
-
 def make_fields(
   selection: Selection, base: Modules, base_name: str
 ) -> dict[str, Any]:
@@ -104,19 +85,38 @@ def make_fields(
     base: Modules of the base.
     base_name: Name of the base, as its user would load it.
   """
-  alpha = selection.alpha
+  rank, alpha = selection.usual
+  pairs = sorted(selection.pairs.items())
+  tied = base.shared & {*selection.pairs, *selection.saved}
   return {
     **_ARITHMETIC,
     **_SELECTION,
     **_NOTES,
+    'alpha_pattern': {f'^{m}': _short(a) for m, (_, a) in pairs if a != alpha},
     'base_model_name_or_path': base_name,
-    'ensure_weight_tying': bool(selection.saved & base.shared),
-    'lora_alpha': int(alpha) if alpha == int(alpha) else alpha,
+    'ensure_weight_tying': bool(tied),
+    'lora_alpha': _short(alpha),
     'lora_dropout': selection.dropout,
     'modules_to_save': shorten(selection.saved, base) or None,
-    'r': selection.rank,
-    'target_modules': shorten(selection.targets, base),
+    'r': rank,
+    'rank_pattern': {f'^{m}': r for m, (r, _) in pairs if r != rank},
+    'target_modules': shorten(frozenset(selection.pairs), base),
+    'trainable_token_indices': _row_fields(selection.rows, base),
+    'use_dora': selection.variant == 'dora',
+    'use_rslora': selection.scaling == 'rslora',
   }
+
+
+def _short(alpha: float) -> float:
+  return int(alpha) if alpha == int(alpha) else alpha
+
+
+def _row_fields(
+  rows: Mapping[str, tuple[int, ...]], base: Modules
+) -> dict[str, list[int]] | list[int] | None:
+  if rows.keys() == {base.embedding}:
+    return list(rows[base.embedding])
+  return {module: list(ids) for module, ids in sorted(rows.items())} or None
 
 
 def load_selection(path: pathlib.Path, base: Modules) -> Selection:
@@ -134,18 +134,22 @@ def load_selection(path: pathlib.Path, base: Modules) -> Selection:
   try:
     _check_kind(fields)
     saved = saved_modules(fields, base)
-    targets = target_modules(fields, base)
-    rank, alpha = _strength(fields, targets)
-    dropout = _number('lora_dropout', fields['lora_dropout'])
+    selection = Selection(
+      pairs={m: _strength(fields, m) for m in target_modules(fields, base)},
+      saved=saved,
+      rows=trained_rows(fields, base),
+      dropout=_number('lora_dropout', fields['lora_dropout']),
+      scaling='rslora' if fields['use_rslora'] else 'lora',
+      variant='dora' if fields['use_dora'] else 'lora',
+    )
+    check_selection(selection, base)
   except AdapterError as error:
     raise AdapterError(f'{path}: {error}') from error
   except re.error as error:
     raise AdapterError(
       f'{path}: {error.pattern!r} is no regular expression: {error}'
     ) from error
-  return Selection(
-    rank=rank, alpha=alpha, dropout=dropout, targets=targets, saved=saved
-  )
+  return selection
 
 
 def _check_kind(fields: dict[str, Any]) -> None:
@@ -175,28 +179,18 @@ def _check_kind(fields: dict[str, Any]) -> None:
     )
 
 
-def _strength(
-  fields: dict[str, Any], targets: frozenset[str]
-) -> tuple[int, float]:
-  """Returns the rank and alpha that all targets have in common."""
-  found: dict[tuple[Any, Any], str] = {}
-  for module in sorted(targets):
-    rank = _for_module('rank_pattern', 'r', fields, module)
-    alpha = _for_module('alpha_pattern', 'lora_alpha', fields, module)
-    found.setdefault((rank, alpha), module)
-  if len(found) > 1:
-    (first, one), (second, other) = list(found.items())[:2]
-    raise AdapterError(
-      f'{one} has rank and alpha {first}, but {other} has {second}; in this'
-      ' version they are the same for all modules'
-    )
-  ((rank, alpha),) = found
-  return rank, alpha * math.sqrt(rank) if fields['use_rslora'] else alpha
+def _strength(fields: dict[str, Any], module: str) -> tuple[int, float]:
+  """Returns the rank and the alpha of one module."""
+  return (
+    _for_module('rank_pattern', 'r', fields, module),
+    _for_module('alpha_pattern', 'lora_alpha', fields, module),
+  )
 
 
 def _for_module(
   patterns: str, default: str, fields: dict[str, Any], module: str
 ) -> Any:
+  """Returns what the first pattern that matches says, in the file's order."""
   value = fields[default]
   if not isinstance(fields[patterns] or {}, dict):
     raise AdapterError(f'{patterns} is {fields[patterns]!r:.60}, no object')

@@ -14,18 +14,20 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _DTYPES = ('BF16', 'F16', 'F32')
 
-# Part of a key -> what this version does not read; the first that occurs.
+# Part of a key -> what it is part of; the first that occurs.
 _VARIANTS = {
-  'lora_magnitude_vector': 'DoRA',
-  'lora_embedding_': 'low-rank updates of an embedding',
-  'trainable_tokens_delta': 'single trained rows of an embedding',
-  'lora_B.bias': 'trained biases of the low-rank pairs (lora_bias)',
-  '.bias': 'trained biases',
-  'base_layer.': 'the base (save again with save_embedding_layers=False)',
+  'lora_magnitude_vector': 'part of DoRA, for which use_dora is not set',
+  'lora_embedding_': 'part of a low-rank pair that target_modules leaves out',
+  'trainable_tokens_delta': 'rows that trainable_token_indices leaves out',
+  'lora_B.bias': 'a bias of a low-rank pair (lora_bias), which is not read',
+  '.bias': 'a trained bias, which is not read',
+  'base_layer.': 'part of the base (see save_embedding_layers of PEFT)',
 }
 
 
-def load_tensors(path: pathlib.Path, shapes: Shapes) -> dict[str, np.ndarray]:
+def load_tensors(
+  path: pathlib.Path, shapes: Shapes, optional: Shapes
+) -> dict[str, np.ndarray]:
   """Reads a file that must hold the tensors named, and no others.
 
   Keys, shapes and dtypes are checked before any tensor is read.
@@ -33,6 +35,7 @@ def load_tensors(path: pathlib.Path, shapes: Shapes) -> dict[str, np.ndarray]:
   Args:
     path: The safetensors file.
     shapes: The shape of every key.
+    optional: Shapes of keys that may be there too.
 
   Returns:
     float32 arrays by key; 16-bit floats are widened.
@@ -43,10 +46,10 @@ def load_tensors(path: pathlib.Path, shapes: Shapes) -> dict[str, np.ndarray]:
   """
   try:
     with safetensors.safe_open(path, 'numpy') as file:
-      _check_keys(path, shapes)
-      for key, shape in shapes.items():
+      found = _check_keys(path, shapes, optional)
+      for key, shape in found.items():
         _check_slice(path, key, file.get_slice(key), shape)
-      tensors = {k: file.get_tensor(k).astype(np.float32) for k in shapes}
+      tensors = {k: file.get_tensor(k).astype(np.float32) for k in found}
   except (safetensors.SafetensorError, OSError) as error:
     raise AdapterError(
       f'{path} is no whole safetensors file: {error}'
@@ -74,12 +77,15 @@ def check_finite(name: str, tensor: np.ndarray) -> None:
     )
 
 
-def _check_keys(path: pathlib.Path, shapes: Shapes) -> None:
+def _check_keys(
+  path: pathlib.Path, shapes: Shapes, optional: Shapes
+) -> dict[str, tuple[int, ...]]:
+  """Returns the shape that every key of the file must have."""
   found = _header_keys(path)
   for key in found:
     if found.count(key) > 1:
       raise AdapterError(f'{path} holds the key {key!r} more than once')
-  extra = sorted(set(found) - shapes.keys())
+  extra = sorted(set(found) - shapes.keys() - optional.keys())
   if extra:
     raise AdapterError(
       f'{path} holds {extra[0]!r}{_more(extra)}, {_what_is(extra[0])}'
@@ -90,6 +96,8 @@ def _check_keys(path: pathlib.Path, shapes: Shapes) -> None:
       f'{path} lacks {missing[0]!r}{_more(missing)} of shape'
       f' {shapes[missing[0]]}, which adapter_config.json asks for'
     )
+  every = {**shapes, **optional}
+  return {key: every[key] for key in found}
 
 
 def _header_keys(path: pathlib.Path) -> list[str]:
@@ -107,7 +115,7 @@ def _more(keys: list[str]) -> str:
 def _what_is(key: str) -> str:
   for part, variant in _VARIANTS.items():
     if part in key:
-      return f'part of {variant}, which this version does not read'
+      return variant
   return (
     'which is no tensor of this base or is not named by target_modules or'
     ' modules_to_save in adapter_config.json'

@@ -7,8 +7,11 @@ import jax
 import jax.numpy as jnp
 
 from jlora.checkpoints.bases import Base
-from jlora.core import targets
-from jlora.core.quantized import QuantSpec, quantize_leaf
+from jlora.core.quantization import (
+  QuantSpec,
+  quantize_leaf,
+  select_whole,
+)
 from jlora.models import families
 
 
@@ -39,7 +42,7 @@ def load_params(
   }
   chosen = {}
   if quant is not None:
-    chosen = targets.select(shapes, quant.targets, quant.exclude, quant.axes)
+    chosen = select_whole(shapes, quant)
 
   def place(path: str, leaf: Any) -> Any:
     if path in whole:

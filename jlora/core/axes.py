@@ -1,8 +1,9 @@
 """What the axes of a kernel are for: stacked, input or output.
 
 Roles read `'stacked | input -> output'`, each side one or more names, such as
-`'layers | embed -> heads head_dim'`. Everything else in `core` sees a kernel
-as `[..., in, out]`, with the axes of each side flattened.
+`'layers | embed -> heads head_dim'`. Where the array has its axes in another
+order, they are named first: `'out in: in -> out'`. Everything else in `core`
+sees a kernel as `[..., in, out]`, with the axes of each side flattened.
 """
 
 import dataclasses
@@ -16,41 +17,90 @@ Axes = tuple[tuple[str, str], ...]
 
 @dataclasses.dataclass(frozen=True)
 class Roles:
-  """Names of a kernel's axes, in the kernel's order.
+  """Names of a kernel's axes by what they are for.
+
+  The canonical order is `[*stacked, *inputs, *outputs]`.
 
   Attributes:
     stacked: Axes over layers or experts, each of which is adapted alone.
     inputs: Axes that a linear layer sums over.
     outputs: Axes that it produces; a single `vocab` marks an output head.
+    order: For each axis of the array, its place in the canonical order,
+      counted from the end (-1 is the last output); empty where the array is
+      in the canonical order.
   """
 
   stacked: tuple[str, ...]
   inputs: tuple[str, ...]
   outputs: tuple[str, ...]
+  order: tuple[int, ...] = ()
 
   @property
   def is_head(self) -> bool:
     """Whether the kernel makes logits."""
     return self.outputs == ('vocab',)
 
+  @property
+  def is_embedding(self) -> bool:
+    """Whether the kernel is a table whose rows are looked up."""
+    return self.inputs == ('vocab',)
+
+  @property
+  def names(self) -> tuple[str, ...]:
+    """All names in the canonical order."""
+    return (*self.stacked, *self.inputs, *self.outputs)
+
+  @property
+  def text(self) -> str:
+    """What `parse_roles` reads these roles from."""
+    stacked = f'{" ".join(self.stacked)} | ' if self.stacked else ''
+    sides = f'{" ".join(self.inputs)} -> {" ".join(self.outputs)}'
+    layout = ' '.join(self.names[k] for k in self.order)
+    return f'{layout}: {stacked}{sides}' if layout else stacked + sides
+
   def split(
     self, shape: tuple[int, ...]
   ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Returns the sizes of the stacked, the input and the output axes."""
+    shape = tuple(shape[i] for i in canonical_axes(self.order, len(shape)))
     first, last = len(self.stacked), len(shape) - len(self.outputs)
     return shape[:first], shape[first:last], shape[last:]
+
+
+def canonical_axes(order: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+  """Returns the permutation that transposes an array to the canonical order.
+
+  Args:
+    order: As in `Roles`. An array that lost leading stacked axes keeps the
+      order of the whole one.
+    ndim: Number of axes of the array.
+  """
+  kept = [k for k in order if k >= -ndim]
+  return tuple(kept.index(k) if kept else ndim + k for k in range(-ndim, 0))
+
+
+def array_axes(order: tuple[int, ...], ndim: int) -> tuple[int, ...]:
+  """Returns the permutation that transposes back from the canonical order.
+
+  Args:
+    order: As in `Roles`.
+    ndim: Number of axes of the array.
+  """
+  return tuple(ndim + k for k in order if k >= -ndim) or tuple(range(ndim))
 
 
 def parse_roles(text: str) -> Roles:
   """Reads `'stacked | input -> output'`; the stacked part may be missing.
 
   Args:
-    text: Roles as above.
+    text: Roles as above, behind `'names in the order of the array:'` where
+      that is another one.
 
   Raises:
     ConfigError: A side is empty, or the text has another form.
   """
-  stacked, bar, sides = text.rpartition('|')
+  layout, colon, roles = text.rpartition(':')
+  stacked, bar, sides = roles.rpartition('|')
   inputs, arrow, outputs = sides.partition('->')
   names = (stacked.split(), inputs.split(), outputs.split())
   whole = arrow and names[1] and names[2] and (names[0] or not bar)
@@ -59,7 +109,20 @@ def parse_roles(text: str) -> Roles:
       f"axis roles {text!r} must read 'stacked | input -> output', such as"
       " 'layers | embed -> heads head_dim'"
     )
-  return Roles(*map(tuple, names))
+  flat = [name for side in names for name in side]
+  order = _order(layout.split(), flat, text) if colon else ()
+  return Roles(*map(tuple, names), order=order)
+
+
+def _order(layout: list[str], names: list[str], text: str) -> tuple[int, ...]:
+  """Returns `Roles.order` for axes that lie as `layout` names them."""
+  if sorted(layout) != sorted(names) or len(set(names)) < len(names):
+    raise ConfigError(
+      f'axis roles {text!r} must name the same axes, each once, before and'
+      " behind the colon, such as 'out in: in -> out'"
+    )
+  order = tuple(names.index(name) - len(names) for name in layout)
+  return () if layout == names else order
 
 
 def roles_of(path: str, shape: tuple[int, ...], axes: Axes) -> Roles:
@@ -67,7 +130,8 @@ def roles_of(path: str, shape: tuple[int, ...], axes: Axes) -> Roles:
 
   Args:
     path: The kernel's path.
-    shape: The kernel's shape. Two axes need no entry: they are `in -> out`.
+    shape: The kernel's shape. Two axes need no entry: they are `in -> out`,
+      or `vocab -> embed` in a leaf named `embedding`.
     axes: Ordered pairs of a pattern over whole paths and roles.
 
   Raises:
@@ -82,6 +146,8 @@ def roles_of(path: str, shape: tuple[int, ...], axes: Axes) -> Roles:
   for pattern, text in axes:
     if re.fullmatch(pattern, path):
       return _checked(path, shape, text)
+  if len(shape) == 2 and path.rpartition('/')[2] == 'embedding':
+    return Roles((), ('vocab',), ('embed',))
   if len(shape) == 2:
     return Roles((), ('in',), ('out',))
   raise ConfigError(
@@ -93,7 +159,7 @@ def roles_of(path: str, shape: tuple[int, ...], axes: Axes) -> Roles:
 
 def _checked(path: str, shape: tuple[int, ...], text: str) -> Roles:
   roles = parse_roles(text)
-  named = len(roles.stacked) + len(roles.inputs) + len(roles.outputs)
+  named = len(roles.names)
   if named != len(shape):
     raise ConfigError(
       f'axis roles {text!r} name {named} axes, but {path!r} has shape {shape}'

@@ -1,9 +1,11 @@
 """Number formats of quantized weights, as tables, and the codes they give.
 
 The tables and the rounding are those of bitsandbytes, so that its bytes and
-ours are the same: scaling multiplies by the float32 reciprocal, and a code is
-the number of midpoints below the scaled value.
+ours are the same: scaling multiplies by the float32 reciprocal, and the code
+is that of the level behind as many midpoints as lie below the scaled value.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
@@ -32,7 +34,108 @@ NF4 = np.array(
   np.float32,
 )
 
-FORMATS = {'nf4': NF4}
+# A sign, two bits of exponent and one of mantissa, by code: not ascending, and
+# with two zeros.
+FP4 = np.array([0, 1 / 16, 8, 12, 4, 6, 2, 3], np.float32) / np.float32(12)
+FP4 = np.concatenate([FP4, 0 - FP4])
+
+
+# Evenly spaced and symmetric: code 0 lies beyond -1 and is never given. Those
+# of int8 are a product, exact at both ends, so that arithmetic gives the same.
+INT4 = (np.arange(16, dtype=np.float32) - np.float32(8)) / np.float32(7)
+INT8_STEP = np.float32(1 / 127)
+INT8 = (np.arange(256, dtype=np.float32) - np.float32(128)) * INT8_STEP
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Format:
+  """How codes of four bits, two to a byte, stand for values in [-1, 1].
+
+  Attributes:
+    levels: float32, the value of each code; one is exactly zero.
+    bits: Bits of a code.
+  """
+
+  levels: np.ndarray
+  bits: int = 4
+
+  @property
+  def codes_per_byte(self) -> int:
+    """How many codes a byte holds."""
+    return 8 // self.bits
+
+  @property
+  def ascending(self) -> np.ndarray:
+    """The uint8 codes in the order of their levels; of equals, as they come."""
+    return np.argsort(self.levels, kind='stable').astype(np.uint8)
+
+  def encode(self, x: jax.Array) -> jax.Array:
+    """Returns the uint8 codes of the levels nearest to float32 values.
+
+    Codes are summed up from level to level, around the end of a byte where
+    the next one is smaller: compares fuse better than a search or a table.
+
+    Args:
+      x: Values in [-1, 1]; one on a midpoint takes the lower level.
+    """
+    order = self.ascending
+    thresholds = midpoints(self.levels[order])
+    steps = [
+      jnp.where(x > threshold, step, np.uint8(0))
+      for threshold, step in zip(thresholds, np.diff(order), strict=True)
+    ]
+    return sum(steps, start=order[0])
+
+  def decode(self, codes: jax.Array) -> jax.Array:
+    """Returns the float32 values that codes stand for."""
+    return jnp.asarray(self.levels)[codes]
+
+  def pack(self, codes: jax.Array) -> jax.Array:
+    """Returns uint8 [in, out] codes as [in / 2, out]; the even row is high."""
+    pairs = codes.reshape(-1, 2, codes.shape[1])
+    return pairs[:, 0] << 4 | pairs[:, 1]
+
+  def unpack(self, packed: jax.Array) -> jax.Array:
+    """Returns the [in, out] codes that were packed."""
+    pairs = jnp.stack([packed >> 4, packed & 15], axis=1)
+    return pairs.reshape(-1, packed.shape[1])
+
+  def unpack_rows(self, packed: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns the [n, out] codes of the rows that int [n] names."""
+    shift = jnp.where(rows % 2 == 0, 4, 0).astype(jnp.uint8)
+    return packed[rows // 2] >> shift[:, None] & 15
+
+
+class ByteFormat(Format):
+  """Evenly spaced codes of eight bits: arithmetic in place of the table."""
+
+  def encode(self, x: jax.Array) -> jax.Array:
+    """Returns the uint8 codes of the nearest numbers; ties to even ones."""
+    return (jnp.round(x * 127) + 128).astype(jnp.uint8)
+
+  def decode(self, codes: jax.Array) -> jax.Array:
+    """Returns the float32 values that codes stand for, those of `levels`."""
+    return (codes.astype(jnp.float32) - 128) * INT8_STEP
+
+  def pack(self, codes: jax.Array) -> jax.Array:
+    """Returns the codes as they are."""
+    return codes
+
+  def unpack(self, packed: jax.Array) -> jax.Array:
+    """Returns the codes as they are."""
+    return packed
+
+  def unpack_rows(self, packed: jax.Array, rows: jax.Array) -> jax.Array:
+    """Returns the [n, out] codes of the rows that int [n] names."""
+    return packed[rows]
+
+
+FORMATS = {
+  'nf4': Format(NF4),
+  'fp4': Format(FP4),
+  'int4': Format(INT4),
+  'int8': ByteFormat(INT8, bits=8),
+}
 
 
 def dynamic_map() -> np.ndarray:
@@ -86,12 +189,15 @@ def nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:
   Returns:
     uint8 of the shape of `x`.
   """
-  thresholds = midpoints(levels)
-  if len(levels) <= 16:  # few compares fuse better than a search
-    return sum((x > t).astype(jnp.uint8) for t in thresholds)
-  return jnp.searchsorted(jnp.asarray(thresholds), x).astype(jnp.uint8)
+  thresholds = jnp.asarray(midpoints(levels))
+  return jnp.searchsorted(thresholds, x).astype(jnp.uint8)
 
 
 def reciprocal(absmax: jax.Array) -> jax.Array:
-  """Returns 1 / absmax, and zero for a block of zeros."""
-  return jnp.where(absmax > 0, 1 / jnp.where(absmax > 0, absmax, 1), 0)
+  """Returns 1 / absmax, and zero for a block of zeros.
+
+  Numbers below the smallest normal one have no finite reciprocal, or are
+  flushed to zero: they count as zeros.
+  """
+  is_normal = absmax >= jnp.finfo(jnp.float32).tiny
+  return jnp.where(is_normal, 1 / jnp.where(is_normal, absmax, 1), 0)

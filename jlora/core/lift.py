@@ -6,17 +6,28 @@ wherever a lazy leaf flows. Every other equation is bound unchanged.
 """
 
 import functools
+import pathlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
+import jaxlib
 from jax.extend import core as jex
 
-from jlora.core import rules, tree
-from jlora.core.lora import densify, is_lazy
-from jlora.core.rules import Lazy
+from jlora.core import shard_map
+from jlora.core.control import CONTROL
+from jlora.core.flow import Flow, make_flow
+from jlora.core.lazy import is_lazy
+from jlora.core.rules import LEAF_RULES
+from jlora.core.tracing import trace
+
+RULES = {
+  **LEAF_RULES,
+  **CONTROL,
+  'pvary': shard_map.pvary,
+  'shard_map': shard_map.shard_map,
+}
 
 
 def lift(
@@ -52,42 +63,37 @@ def lift(
 
   @functools.wraps(fn)
   def lifted(*args: Any, **kwargs: Any) -> Any:
-    entries, treedef = jax.tree_util.tree_flatten_with_path(
-      (args, kwargs), is_leaf=is_lazy
-    )
-    leaves = [leaf for _, leaf in entries]
-    if not any(map(is_lazy, leaves)):
-      return fn(*args, **kwargs)
-    traced = [i for i, leaf in enumerate(leaves) if _is_array(leaf)]
-
-    def flat(*arrays: jax.Array) -> Any:
-      filled = list(leaves)
-      for i, array in zip(traced, arrays, strict=True):
-        filled[i] = array
-      inner_args, inner_kwargs = jax.tree.unflatten(treedef, filled)
-      return fn(*inner_args, **inner_kwargs)
-
-    abstract = [_abstract(leaves[i]) for i in traced]
-    program, shapes = jax.make_jaxpr(flat, return_shape=True)(*abstract)
+    if not any(map(is_lazy, jax.tree.leaves((args, kwargs), is_leaf=is_lazy))):
+      with _CombineHint():
+        return fn(*args, **kwargs)
+    program = trace(fn, args, kwargs)
     inputs = [
-      Lazy(leaves[i], tree.join(entries[i][0][1:]))
-      if is_lazy(leaves[i])
-      else leaves[i]
-      for i in traced
+      make_flow(leaf, path) if is_lazy(leaf) else leaf
+      for leaf, path in zip(program.inputs, program.paths, strict=True)
     ]
-    outputs = Evaluator(on_missing)(program.jaxpr, program.consts, inputs)
-    return jax.tree.unflatten(jax.tree.structure(shapes), outputs)
+    evaluate = Evaluator(on_missing)
+    outputs = evaluate(program.closed.jaxpr, program.closed.consts, inputs)
+    return jax.tree.unflatten(
+      program.results, list(map(evaluate.dense, outputs))
+    )
 
   return lifted
 
 
-def _is_array(leaf: Any) -> bool:
-  return is_lazy(leaf) or isinstance(leaf, jax.Array | np.ndarray)
+class _CombineHint:
+  """Notes, on any error, what may be missing where no leaf is lazy."""
 
+  def __enter__(self) -> None:
+    """Does nothing."""
 
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-  weak = getattr(leaf, 'weak_type', False)
-  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=weak)
+  def __exit__(self, kind: Any, error: BaseException | None, _: Any) -> None:
+    """Adds the note and lets the error through."""
+    if error is not None:
+      error.add_note(
+        'The lifted function was given no lazy leaf. If these are the halves of'
+        ' the parameters, put them together first:'
+        ' jlora.combine(frozen, trainable, spec).'
+      )
 
 
 class Evaluator:
@@ -103,13 +109,13 @@ class Evaluator:
 
   def __call__(
     self, jaxpr: jex.Jaxpr, consts: Sequence[Any], inputs: Sequence[Any]
-  ) -> list[jax.Array]:
-    """Returns the outputs of `jaxpr` as plain arrays.
+  ) -> list[Any]:
+    """Returns the outputs of `jaxpr`, which may be lazy.
 
     Args:
       jaxpr: The program.
       consts: Values of its constants.
-      inputs: Arrays or `Lazy` leaves, one for each input.
+      inputs: Arrays or `Flow`s, one for each input.
     """
     values: dict[jex.Var, Any] = {}
     values.update(zip(jaxpr.constvars, consts, strict=True))
@@ -122,40 +128,64 @@ class Evaluator:
       operands = [read(atom) for atom in equation.invars]
       results = self._evaluate(equation, operands)
       values.update(zip(equation.outvars, results, strict=True))
-    return [self.dense(read(atom), 'being returned') for atom in jaxpr.outvars]
+    return [read(atom) for atom in jaxpr.outvars]
 
   def _evaluate(
     self, equation: jex.JaxprEqn, operands: list[Any]
   ) -> Sequence[Any]:
-    name = equation.primitive.name
-    if any(isinstance(x, Lazy) for x in operands):
-      rule = rules.RULES.get(name)
+    if any(isinstance(x, Flow) for x in operands):
+      rule = RULES.get(equation.primitive.name)
       results = rule(self, equation, operands) if rule else None
       if results is not None:
         return results
-      operands = [self.dense(x, name) for x in operands]
+      operands = [self.dense(x, equation) for x in operands]
     return bind(equation, operands)
 
-  def dense(self, value: Any, operation: str) -> Any:
+  def dense(
+    self,
+    value: Any,
+    equation: jex.JaxprEqn | None = None,
+    operation: str | None = None,
+  ) -> Any:
     """Returns a plain array, and reports a lazy leaf that had to become one.
 
     Args:
-      value: Anything; only a `Lazy` is changed.
-      operation: What needs the plain array, for the report.
+      value: Anything; only a `Flow` is changed.
+      equation: What needs the plain array; None is the caller of the function.
+      operation: What the report calls it; None is the name of its primitive.
     """
-    if not isinstance(value, Lazy):
+    if not isinstance(value, Flow):
       return value
+    if operation is None:
+      operation = equation.primitive.name if equation else 'being returned'
     message = (
-      f'{operation!r} has no rule for the lazy leaf {value.path!r} of shape'
-      f' {value.leaf.shape}: the kernel is formed in full, and its gradient'
-      ' with it'
+      f'{operation!r}{_source(equation)} has no rule for the lazy leaf'
+      f' {value.path!r} of shape {value.leaf.shape}: the kernel is formed in'
+      ' full, and its gradient with it'
     )
     if self.on_missing == 'error':
       raise TypeError(message)
     if (value.path, operation) not in self._reported:
       self._reported.add((value.path, operation))
       warnings.warn(message, stacklevel=2)
-    return densify(value.leaf)
+    return value.dense()
+
+
+def _source(equation: jex.JaxprEqn | None) -> str:
+  """Returns where in the traced code an equation comes from, if known."""
+  info = getattr(equation, 'source_info', None)
+  frames = getattr(getattr(info, 'traceback', None), 'frames', ())
+  for frame in frames:
+    if not frame.file_name.startswith(_INTERNAL):
+      return f' in {frame.file_name}:{frame.line_num} ({frame.function_name})'
+  return ''
+
+
+# Folders whose lines say nothing about the code that was lifted.
+_INTERNAL = (
+  *(str(pathlib.Path(m.__file__).parent) for m in (jax, jaxlib)),
+  str(pathlib.Path(__file__).parent),
+)
 
 
 def bind(equation: jex.JaxprEqn, operands: Sequence[Any]) -> Sequence[Any]:

@@ -2,19 +2,71 @@
 
 `linear` is what every lifted product becomes. Its derivative is written by
 hand for three reasons: no gradient of the frozen kernel is ever formed, the
-4-bit codes rather than the dense kernel are kept for the backward pass, and
-every product in the backward pass has two axes.
+kernel is kept for the backward pass as it is stored (4-bit codes, or the
+model's own array, not a copy in another layout or dtype), and every product in
+the backward pass has two axes.
 """
 
+import dataclasses
 import functools
+import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from jlora.core.axes import canonical_axes
 from jlora.core.quantized import QuantizedArray, decode_matrix
 
-Kernel = jax.Array | QuantizedArray
+
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=('array',),
+  meta_fields=('inputs', 'outputs', 'order', 'dtype'),
+)
+@dataclasses.dataclass(frozen=True)
+class Stored:
+  """A dense kernel as its model stores it.
+
+  Attributes:
+    array: [*stacked, …], the stacked axes first, the others as `order` says.
+    inputs: Sizes of the input axes.
+    outputs: Sizes of the output axes.
+    order: As in `Roles`.
+    dtype: What it computes in.
+  """
+
+  array: jax.Array
+  inputs: tuple[int, ...]
+  outputs: tuple[int, ...]
+  order: tuple[int, ...]
+  dtype: Any
+
+
+Kernel = jax.Array | Stored | QuantizedArray
+
+
+def matrix_of(kernel: Kernel) -> jax.Array:
+  """Returns the dense kernel [*stacked, in, out] in its `dtype`.
+
+  Args:
+    kernel: Quantized, as stored, or a plain array that is a matrix already.
+  """
+  if isinstance(kernel, jax.Array):
+    return kernel
+  if isinstance(kernel, QuantizedArray):
+    decode: Callable[[QuantizedArray], jax.Array] = decode_matrix
+    for _ in kernel.stacked:
+      decode = jax.vmap(decode)
+    return decode(kernel)
+  sides = len(kernel.inputs) + len(kernel.outputs)
+  first = kernel.array.ndim - sides
+  order = tuple(k for k in kernel.order if k >= -sides)
+  axes = [first + i for i in canonical_axes(order, sides)]
+  array = kernel.array.transpose(*range(first), *axes)
+  sizes = math.prod(kernel.inputs), math.prod(kernel.outputs)
+  return array.reshape(*array.shape[:first], *sizes).astype(kernel.dtype)
 
 
 class Adapter(NamedTuple):
@@ -23,12 +75,28 @@ class Adapter(NamedTuple):
   Attributes:
     a: float32 [in, rank].
     b: float32 [rank, out].
-    scale: float32 scalar, alpha / rank; a constant.
+    scale: float32 scalar; a constant.
   """
 
   a: jax.Array
   b: jax.Array
   scale: jax.Array
+
+
+class Settings(NamedTuple):
+  """What a product with a kernel is like; static.
+
+  Attributes:
+    x_dtype: Of the input.
+    dtype: Of the result.
+    precision: Of the product with the kernel, as in `jax.lax.dot_general`.
+    transposed: Whether the product is with the transposed kernel.
+  """
+
+  x_dtype: Any
+  dtype: Any
+  precision: Any
+  transposed: bool
 
 
 def linear(
@@ -39,6 +107,7 @@ def linear(
   branch: jax.Array | None = None,
   dtype: Any = None,
   precision: Any = None,
+  transposed: bool = False,
 ) -> jax.Array:
   """Returns `x W + scale * (branch a) b`, with `W` and `scale` constant.
 
@@ -47,19 +116,22 @@ def linear(
 
   Args:
     x: [..., in].
-    kernel: [in, out], dense or quantized. Its gradient is never formed.
+    kernel: [in, out] as a matrix. Its gradient is never formed.
     adapter: None for a kernel without one.
     branch: What the adapter reads, [..., in]; None is `x`. Dropout comes in
       here.
     dtype: Of the result; None is that of `x`.
     precision: Of the product with the kernel, as in `jax.lax.dot_general`.
+    transposed: Whether `W` is the transposed kernel, `x` being [..., out]. The
+      adapter then stands for the transposed one, [out, rank] and [rank, in].
 
   Returns:
     [..., out]. Derivatives exist for `x`, `branch`, `a` and `b`, in reverse
     mode only.
   """
   rows = functools.partial(jnp.reshape, shape=(-1, x.shape[-1]))
-  settings = (x.dtype, jnp.dtype(dtype or x.dtype), precision)
+  out = jnp.dtype(dtype or x.dtype)
+  settings = Settings(x.dtype, out, precision, transposed)
   branch = branch if branch is None else rows(branch)
   y = _linear(settings, rows(x), kernel, adapter, branch)
   return y.reshape(*x.shape[:-1], y.shape[-1])
@@ -67,7 +139,7 @@ def linear(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _linear(
-  settings: tuple[Any, Any, Any],
+  settings: Settings,
   x: jax.Array,
   kernel: Kernel,
   adapter: Adapter | None,
@@ -77,43 +149,40 @@ def _linear(
 
 
 def _forward(
-  settings: tuple[Any, Any, Any],
+  settings: Settings,
   x: jax.Array,
   kernel: Kernel,
   adapter: Adapter | None,
   branch: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-  _, dtype, precision = settings
   x = jax.lax.optimization_barrier(x)
-  y = _dot(x, _dense(kernel), dtype, precision)
+  dense = _dense(kernel, settings.transposed)
+  y = _dot(x, dense, settings.dtype, settings.precision)
   if adapter is None:
     return y, (kernel, None, None, None)
   read = x if branch is None else branch
   low = _dot(read, adapter.a.astype(x.dtype))
   b = adapter.b.astype(x.dtype).astype(jnp.float32)
-  y = y + (adapter.scale * _dot(low, b)).astype(dtype)
+  y = y + (adapter.scale * _dot(low, b)).astype(settings.dtype)
   separate = branch is not None
   return y, (kernel, adapter, (read, low), separate)
 
 
-def _backward(
-  settings: tuple[Any, Any, Any], saved: Any, g: jax.Array
-) -> tuple[Any, ...]:
-  x_dtype, _, precision = settings
+def _backward(settings: Settings, saved: Any, g: jax.Array) -> tuple[Any, ...]:
   kernel, adapter, reads, separate = saved
   # Decode the codes again: the barrier keeps a compiler from sharing the
   # forward pass's dense kernel with this second use, which would keep it alive.
   g, kernel = jax.lax.optimization_barrier((g, kernel))
-  dense = _dense(kernel)
-  dx = _dot(g, dense.T, x_dtype, precision)
+  dense = _dense(kernel, not settings.transposed)
+  dx = _dot(g, dense, settings.x_dtype, settings.precision)
   if adapter is None:
     return jax.lax.optimization_barrier(dx), None, None, None
   read, low = reads
-  b = adapter.b.astype(x_dtype).astype(jnp.float32)
+  b = adapter.b.astype(settings.x_dtype).astype(jnp.float32)
   low_g = adapter.scale * _dot(g.astype(jnp.float32), b.T)
   db = adapter.scale * _dot(low.T, g.astype(jnp.float32))
   da = _dot(read.astype(jnp.float32).T, low_g)
-  a = adapter.a.astype(x_dtype).astype(jnp.float32)
+  a = adapter.a.astype(settings.x_dtype).astype(jnp.float32)
   dread = _dot(low_g, a.T).astype(read.dtype)
   if not separate:
     dx, dread = dx + dread, None
@@ -124,13 +193,72 @@ def _backward(
 _linear.defvjp(_forward, _backward)
 
 
-def _dense(kernel: Kernel) -> jax.Array:
-  if isinstance(kernel, QuantizedArray):
-    return decode_matrix(kernel)
-  return kernel
+def _dense(kernel: Kernel, transposed: bool) -> jax.Array:
+  dense = matrix_of(kernel)
+  return dense.T if transposed else dense
 
 
 def _dot(
   x: jax.Array, y: jax.Array, dtype: Any = jnp.float32, precision: Any = None
 ) -> jax.Array:
   return jnp.dot(x, y, precision=precision, preferred_element_type=dtype)
+
+
+Product = Callable[..., jax.Array]
+
+
+def frozen_product(
+  product: Product,
+  x: jax.Array,
+  kernel: Kernel,
+  rest: tuple[jax.Array, ...] = (),
+) -> jax.Array:
+  """Returns any product that is linear in `x`, with a constant kernel.
+
+  Convolutions and grouped products go through here. As in `linear`, the
+  backward pass reads the stored kernel again and forms no gradient of it.
+
+  Args:
+    product: Of `x`, the dense kernel [*stacked, in, out] and `rest`.
+    x: The only input that has a derivative.
+    kernel: The frozen kernel.
+    rest: Integers that the product needs, such as the sizes of groups.
+  """
+  shape = jax.ShapeDtypeStruct(x.shape, x.dtype)
+  return _frozen((product, shape), x, kernel, rest)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _frozen(
+  static: tuple[Product, jax.ShapeDtypeStruct],
+  x: jax.Array,
+  kernel: Kernel,
+  rest: tuple[jax.Array, ...],
+) -> jax.Array:
+  product, _ = static
+  return product(x, matrix_of(kernel), *rest)
+
+
+def _frozen_forward(
+  static: tuple[Product, jax.ShapeDtypeStruct],
+  x: jax.Array,
+  kernel: Kernel,
+  rest: tuple[jax.Array, ...],
+) -> tuple[jax.Array, Any]:
+  product, _ = static
+  return product(x, matrix_of(kernel), *rest), (kernel, rest)
+
+
+def _frozen_backward(
+  static: tuple[Product, jax.ShapeDtypeStruct], saved: Any, g: jax.Array
+) -> tuple[Any, ...]:
+  product, shape = static
+  kernel, rest = saved
+  g, kernel = jax.lax.optimization_barrier((g, kernel))
+  dense = matrix_of(kernel)
+  transposed = jax.linear_transpose(lambda x: product(x, dense, *rest), shape)
+  (dx,) = transposed(g)
+  return dx, None, tuple(None for _ in rest)
+
+
+_frozen.defvjp(_frozen_forward, _frozen_backward)

@@ -1,46 +1,29 @@
-"""The two halves of the parameters, and the ways to put them together again.
-
-`partition` splits a tree into what is frozen and what is trained; `combine`
-puts both together lazily, `merge` as plain arrays.
-"""
+"""The parameters split into what is frozen and what is trained."""
 
 import dataclasses
 import functools
-import zlib
-from collections.abc import Container, Iterable
+import math
+from collections.abc import Container, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from jlora.core import initializers, targets, tree
-from jlora.core.axes import Roles, matrix_shape
-from jlora.core.lora import LoraArray, LoraSpec, densify, is_lazy
-from jlora.core.quantized import QuantSpec, is_quantized, quantize
-from jlora.errors import AdapterError, ConfigError
-
-
-@functools.partial(
-  jax.tree_util.register_dataclass,
-  data_fields=(),
-  meta_fields=('shape', 'dtype'),
+from jlora.core import initializers, tree
+from jlora.core.axes import Roles, array_axes, canonical_axes
+from jlora.core.combination import adapt
+from jlora.core.lazy import LoraArray, column_lengths, dense_matrix
+from jlora.core.lora import LoraSpec
+from jlora.core.plan import (
+  Adapted,
+  Placeholder,
+  Rows,
+  is_frozen_leaf,
+  make_plan,
 )
-@dataclasses.dataclass(frozen=True)
-class Placeholder:
-  """A node without leaves where `frozen` lacks a leaf that is trained whole.
-
-  Attributes:
-    shape: The leaf's.
-    dtype: What the leaf is cast to when both halves are combined.
-  """
-
-  shape: tuple[int, ...]
-  dtype: Any
-
-
-def _is_leaf(node: Any) -> bool:
-  return is_lazy(node) or isinstance(node, Placeholder)
+from jlora.core.quantization import QuantSpec, quantize, quantize_leaf
+from jlora.core.quantized import dequantize_leaf, is_quantized
+from jlora.errors import ConfigError
 
 
 def partition(
@@ -55,237 +38,178 @@ def partition(
   Args:
     key: PRNG key. Each leaf folds in its path, so another target does not
       change the adapters of the others.
-    params: Nested dict of arrays, QuantizedArrays or ShapeDtypeStructs; with
-      the last, the result holds ShapeDtypeStructs too.
+    params: Tree of arrays, QuantizedArrays or ShapeDtypeStructs; with the
+      last, the result holds ShapeDtypeStructs too. An init that changes the
+      base needs dense kernels.
     spec: What is trained.
-    quant: What of the frozen half is quantized; None for plain LoRA. Leaves
-      that are trained whole stay as they are.
+    quant: What of the frozen half is quantized, once the init had the dense
+      kernels; None for plain LoRA. Leaves that are trained whole stay dense.
 
   Returns:
     `frozen`, shaped like `params` with a `Placeholder` where a leaf is trained
     whole, and `trainable`, a nested dict that holds, at the path of each
-    target, `{'a': [..., in, rank], 'b': [..., rank, out]}` or `{'full': leaf}`,
-    all float32. `b` is zero.
+    target, `{'a': [..., in, rank], 'b': [..., rank, out]}`, with DoRA also
+    `'magnitude': [..., out]`; `{'full': leaf}`; or `{'rows': [n, dim]}`. All of
+    it is float32. With the inits 'lora' and 'gaussian', `b` is zero.
 
   Raises:
     ConfigError: A pattern matches nothing or the wrong kind of leaf, a rank
       exceeds its kernel, or nothing would be trained.
   """
+  run = functools.partial(_partition, spec=spec, quant=quant)
   arrays = jax.tree.leaves(params)
   if any(isinstance(array, jax.ShapeDtypeStruct) for array in arrays):
-    run = functools.partial(_partition, spec=spec, quant=quant)
     return jax.eval_shape(run, key, params)
-  return _partition(key, params, spec, quant)
+  return run(key, params)
 
 
 def _partition(
   key: jax.Array, params: tree.Params, spec: LoraSpec, quant: QuantSpec | None
 ) -> tuple[Any, dict[str, Any]]:
-  leaves = tree.leaves_by_path(params, is_quantized)
-  adapted, full = plan(leaves, spec)
-  trainable = {
-    path: _new_adapter(key, path, leaves[path], roles, spec.rank)
-    for path, roles in adapted.items()
-  }
-  trainable |= {path: {'full': _as_float32(leaves[path])} for path in full}
-
-  frozen = freeze(params, full)
+  leaves = tree.arrays_by_path(params, is_quantized)
+  plan = make_plan(leaves, spec)
+  nodes: dict[str, Any] = {}
+  residuals: dict[str, jax.Array] = {}
+  for path, adapted in plan.adapted.items():
+    start = _start(key, path, leaves[path], adapted, spec, quant)
+    nodes[path] = {'a': start.a, 'b': start.b}
+    if start.residual is not None:
+      residuals[path] = _as_stored(start.residual, adapted)
+  frozen = freeze(params, plan.full, residuals)
   if quant is not None:
     frozen = quantize(frozen, quant)
-  return frozen, tree.nest(trainable)
+  frozen = _with_dtypes(frozen, leaves, residuals, quant)
+  if spec.variant == 'dora':
+    kernels = tree.arrays_by_path(frozen, is_quantized)
+    for path, adapted in plan.adapted.items():
+      plain = dataclasses.replace(adapted, dora=False)
+      kernel = adapt(path, kernels[path], nodes[path], plain)
+      nodes[path]['magnitude'] = _magnitude(kernel)
+  nodes |= {path: {'full': _as_float32(leaves[path])} for path in plan.full}
+  for path, rows in plan.rows.items():
+    nodes[path] = {'rows': _rows(leaves[path], rows)}
+  return frozen, tree.nest(nodes)
 
 
-def freeze(params: tree.Params, full: Container[str]) -> Any:
+def _start(
+  key: jax.Array,
+  path: str,
+  leaf: Any,
+  adapted: Adapted,
+  spec: LoraSpec,
+  quant: QuantSpec | None,
+) -> initializers.Start:
+  """Returns how one adapter starts."""
+  _check_rank(path, adapted)
+  kernel = round_trip = None
+  if spec.changes_base:
+    if is_quantized(leaf):
+      raise ConfigError(
+        f'lora.init {spec.init!r} takes a part out of the dense kernel, but'
+        f' {path!r} is quantized; pass dense params and quant=QuantSpec(…)'
+      )
+    kernel = _matrices(leaf, adapted.target.roles)
+    round_trip = quant and functools.partial(_round_trip, quant=quant)
+  return initializers.start(
+    spec.init,
+    tree.fold_path(key, path),
+    adapted.target.matrix,
+    adapted.strength,
+    kernel=kernel,
+    one_hot=adapted.target.roles.is_embedding,
+    round_trip=round_trip,
+  )
+
+
+def _check_rank(path: str, adapted: Adapted) -> None:
+  _, size, out = adapted.target.matrix
+  rank = adapted.strength.rank
+  if rank > min(size, out):
+    raise ConfigError(
+      f'lora.rank {rank} exceeds what {path!r} of shape {adapted.target.shape}'
+      f' can use; it must be at most {min(size, out)}: lower it, or set it for'
+      ' this kernel with rank_pattern'
+    )
+
+
+def _round_trip(kernel: jax.Array, quant: QuantSpec) -> jax.Array:
+  codes = quantize_leaf(kernel, Roles((), ('in',), ('out',)), quant)
+  return dequantize_leaf(codes, jnp.float32)
+
+
+def _matrices(leaf: jax.Array, roles: Roles) -> jax.Array:
+  """Returns a kernel as float32 [*stacked, in, out]."""
+  stacked, _, outputs = roles.split(leaf.shape)
+  array = leaf.transpose(canonical_axes(roles.order, leaf.ndim))
+  array = array.astype(jnp.float32)
+  return array.reshape(*stacked, -1, math.prod(outputs))
+
+
+def _as_stored(matrices: jax.Array, adapted: Adapted) -> jax.Array:
+  """Returns [*stacked, in, out] in the layout of the model's own array."""
+  target = adapted.target
+  stacked, inputs, outputs = target.roles.split(target.shape)
+  array = matrices.reshape(*stacked, *inputs, *outputs)
+  return array.transpose(array_axes(target.roles.order, array.ndim))
+
+
+def freeze(
+  params: tree.Params,
+  full: Container[str],
+  replaced: Mapping[str, jax.Array] | None = None,
+) -> Any:
   """Returns the parameters with a `Placeholder` for leaves trained whole.
 
   Args:
-    params: Nested dict of leaves.
+    params: Tree of leaves.
     full: Paths of the leaves to leave out.
+    replaced: Other arrays for some leaves, by path.
   """
+  replaced = replaced or {}
 
   def visit(path: tuple[Any, ...], leaf: Any) -> Any:
-    if tree.join(path) in full:
+    name = tree.join(path)
+    if name in full:
       return Placeholder(leaf.shape, jnp.dtype(leaf.dtype))
-    return leaf
+    return replaced.get(name, leaf)
 
   return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized)
 
 
-def plan(
-  leaves: dict[str, Any], spec: LoraSpec
-) -> tuple[dict[str, Roles], list[str]]:
-  """Returns the kernels to adapt with their roles, and the leaves to train.
+def _with_dtypes(
+  frozen: Any,
+  leaves: Mapping[str, Any],
+  residuals: Mapping[str, jax.Array],
+  quant: QuantSpec | None,
+) -> Any:
+  """Returns replaced leaves, float32 so far, in the dtype they should have."""
 
-  Args:
-    leaves: Array-like leaves keyed by path.
-    spec: What is trained.
+  def visit(path: tuple[Any, ...], leaf: Any) -> Any:
+    name = tree.join(path)
+    if name not in residuals:
+      return leaf
+    dtype = leaves[name].dtype
+    if is_quantized(leaf) and quant is not None:
+      dtype = quant.dtype or dtype
+    return leaf.astype(dtype)
 
-  Raises:
-    ConfigError: As in `partition`.
-  """
-  full = tree.matching(spec.train_full, leaves)
-  adapted = targets.select(leaves, spec.targets, spec.exclude, spec.axes)
-  both = sorted(set(full) & set(adapted))
-  if both:
-    raise ConfigError(
-      f'{both[0]!r} is matched by targets and by train_full; exclude it from'
-      ' one of them'
-    )
-  if not full and not adapted:
-    raise ConfigError('nothing is trained: targets and train_full are empty')
-  for path, roles in adapted.items():
-    _check_rank(path, leaves[path], roles, spec.rank)
-  for path in full:
-    if is_quantized(leaves[path]):
-      raise ConfigError(
-        f'{path!r} is quantized and cannot be trained whole; leave it out of'
-        ' quant.targets'
-      )
-  return adapted, full
+  return jax.tree_util.tree_map_with_path(visit, frozen, is_leaf=is_frozen_leaf)
 
 
-def _check_rank(path: str, leaf: Any, roles: Roles, rank: int) -> None:
-  _, size, out = matrix_shape(leaf.shape, roles)
-  if rank > min(size, out):
-    raise ConfigError(
-      f'lora.rank {rank} exceeds what {path!r} of shape {leaf.shape} can use;'
-      f' it must be at most {min(size, out)}'
-    )
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    raise ConfigError(f'{path!r} of dtype {leaf.dtype} cannot take an adapter')
+def _magnitude(kernel: LoraArray) -> jax.Array:
+  """Returns the column lengths [*stacked, out], a layer at a time."""
+  if not kernel.stacked:
+    return column_lengths(dense_matrix(kernel, jnp.float32))
+  return jax.lax.map(_magnitude, kernel)
+
+
+def _rows(leaf: Any, rows: Rows) -> jax.Array:
+  """Returns the rows that are trained, float32 [n, dim]."""
+  dense = dequantize_leaf(leaf) if is_quantized(leaf) else leaf
+  table = _matrices(dense, rows.target.roles)
+  ids = jnp.array(rows.ids)
+  return table[ids] if rows.axis == 'in' else table[:, ids].T
 
 
 def _as_float32(leaf: jax.Array) -> jax.Array:
   return jnp.array(leaf, jnp.float32)
-
-
-def _new_adapter(
-  key: jax.Array, path: str, leaf: Any, roles: Roles, rank: int
-) -> dict[str, jax.Array]:
-  stacked, size, out = matrix_shape(leaf.shape, roles)
-  a = initializers.uniform_a(fold_path(key, path), stacked, size, rank)
-  return {'a': a, 'b': jnp.zeros((*stacked, rank, out), jnp.float32)}
-
-
-def fold_path(key: jax.Array, path: str) -> jax.Array:
-  """Returns a key for one leaf; it depends on the path alone."""
-  return jax.random.fold_in(key, zlib.crc32(path.encode()))
-
-
-def combine(
-  frozen: Any,
-  trainable: dict[str, Any],
-  spec: LoraSpec,
-  *,
-  key: jax.Array | None = None,
-) -> Any:
-  """Returns the parameters, shaped like the original, with lazy leaves.
-
-  Args:
-    frozen: From `partition`.
-    trainable: From `partition`, or what training made of it.
-    spec: The one that `partition` had.
-    key: PRNG key of the dropout; None for no dropout.
-
-  Returns:
-    A tree whose adapted leaves are `LoraArray`s. Code that takes plain arrays
-    runs on it through `lift`.
-
-  Raises:
-    AdapterError: `trainable` has a leaf that `frozen` lacks, or lacks one.
-  """
-  nodes = _trainable_by_path(trainable)
-  leaves = tree.leaves_by_path(frozen, _is_leaf)
-  adapted = targets.select(leaves, spec.targets, spec.exclude, spec.axes)
-  _check_paths(nodes, leaves, adapted)
-
-  def visit(path: tuple[Any, ...], leaf: Any) -> Any:
-    name = tree.join(path)
-    if name not in nodes:
-      return leaf
-    if isinstance(leaf, Placeholder):
-      return nodes[name]['full'].astype(leaf.dtype)
-    leaf_key = None
-    if key is not None and spec.dropout:
-      leaf_key = fold_path(key, name)
-    return _adapt(leaf, nodes[name], adapted[name], spec, leaf_key)
-
-  return jax.tree_util.tree_map_with_path(visit, frozen, is_leaf=_is_leaf)
-
-
-def _trainable_by_path(trainable: dict[str, Any]) -> dict[str, dict[str, Any]]:
-  nodes: dict[str, dict[str, Any]] = {}
-  for path, leaf in tree.leaves_by_path(trainable).items():
-    parent, _, name = path.rpartition('/')
-    nodes.setdefault(parent, {})[name] = leaf
-  return nodes
-
-
-def _check_paths(
-  nodes: Iterable[str], leaves: dict[str, Any], adapted: Iterable[str]
-) -> None:
-  holes = [p for p, leaf in leaves.items() if isinstance(leaf, Placeholder)]
-  expected = {*holes, *adapted}
-  for path in expected.difference(nodes):
-    raise AdapterError(
-      f'trainable lacks {path!r}, which the spec trains; was it made by'
-      ' partition with this spec?'
-    )
-  for path in set(nodes).difference(expected):
-    raise AdapterError(
-      f'trainable has {path!r}, which the spec does not train in this tree'
-    )
-
-
-def _adapt(
-  leaf: Any,
-  node: dict[str, jax.Array],
-  roles: Roles,
-  spec: LoraSpec,
-  key: jax.Array | None,
-) -> LoraArray:
-  stacked, inputs, outputs = roles.split(leaf.shape)
-  return LoraArray(
-    base=leaf,
-    a=node['a'],
-    b=node['b'],
-    scale=jnp.full(stacked, np.float32(spec.scale)),
-    key=None if key is None else jax.random.split(key, stacked),
-    inputs=inputs,
-    outputs=outputs,
-    dropout=spec.dropout,
-  )
-
-
-def merge(
-  frozen: Any, trainable: dict[str, Any], spec: LoraSpec, *, dtype: Any = None
-) -> Any:
-  """Returns the parameters as plain arrays: `W + scale * a @ b`.
-
-  This is the definition that every faster path is tested against.
-
-  Args:
-    frozen: From `partition`.
-    trainable: From `partition`, or what training made of it.
-    spec: The one that `partition` had.
-    dtype: Of every leaf; None keeps each leaf's own. Sums are formed in
-      float32 and rounded once.
-  """
-  params = combine(frozen, trainable, spec)
-  cast = functools.partial(densify, dtype=dtype)
-  return jax.tree.map(cast, params, is_leaf=is_lazy)
-
-
-def labels(trainable: dict[str, Any]) -> dict[str, Any]:
-  """Returns a tree like `trainable` whose leaves say what each one is.
-
-  Args:
-    trainable: From `partition`.
-
-  Returns:
-    The tree with 'a', 'b' or 'full' as its leaves: labels for
-    `optax.partition`.
-  """
-  return jax.tree_util.tree_map_with_path(
-    lambda path, _: tree.join(path[-1:]), trainable
-  )

@@ -1,4 +1,4 @@
-"""4-bit weights: the array that holds them, and the way in and out of it."""
+"""Quantized weights: the array that holds their codes, and how it decodes."""
 
 import dataclasses
 import functools
@@ -9,71 +9,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.core import formats, targets, tree
-from jlora.core.axes import Axes, Roles
-from jlora.errors import ConfigError
+from jlora.core import formats
+from jlora.core.axes import array_axes
+from jlora.core.leaf import LazyLeaf
 
 NESTED_BLOCK = 256  # scales that share a second-level scale
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class QuantSpec:
-  """Which leaves are quantized, and how.
-
-  Attributes:
-    format: Number format of the codes: 'nf4'.
-    block_size: Weights along the input axis that share a scale; even.
-    double_quant: Whether the scales are quantized to 8 bits in turn.
-    targets: 'all-linear' or patterns over leaf paths.
-    exclude: Patterns that take leaves out again.
-    axes: Roles of kernels' axes, see `jlora.core.axes`.
-    dtype: What the kernel is dequantized to; None keeps the leaf's dtype.
-
-  References:
-    Dettmers et al., `QLoRA <https://arxiv.org/abs/2305.14314>`_, section 3.
-  """
-
-  format: str = 'nf4'
-  block_size: int = 64
-  double_quant: bool = True
-  targets: str | tuple[str, ...] = targets.ALL_LINEAR
-  exclude: tuple[str, ...] = ()
-  axes: Axes = ()
-  dtype: Any = None
-
-  def __post_init__(self) -> None:
-    """Checks the fields and turns lists and dicts into tuples."""
-    if self.format not in formats.FORMATS:
-      known = ', '.join(map(repr, formats.FORMATS))
-      raise ConfigError(f'quant.format {self.format!r} is none of {known}')
-    if self.block_size < 2 or self.block_size % 2:
-      raise ConfigError(
-        f'quant.block_size is {self.block_size}; it must be even and positive,'
-        ' such as 64'
-      )
-    if self.dtype is not None and not _is_float(self.dtype):
-      raise ConfigError(
-        f'quant.dtype {self.dtype!r} is no float type; use one such as'
-        " 'bfloat16', or None for the dtype of the leaf"
-      )
-    targets.normalize_patterns(self, 'targets', 'exclude')
-
-
-def _is_float(dtype: Any) -> bool:
-  try:
-    return jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
-  except TypeError:
-    return False
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=('codes', 'scales', 'scales2', 'offset'),
-  meta_fields=('format', 'block_size', 'inputs', 'outputs', 'dtype'),
+  meta_fields=('format', 'block_size', 'inputs', 'outputs', 'dtype', 'order'),
 )
 @dataclasses.dataclass(frozen=True)
-class QuantizedArray:
-  """A kernel in 4 bits, as a pytree node.
+class QuantizedArray(LazyLeaf):
+  """A kernel in 4 or 8 bits, as a pytree node.
 
   With the kernel in matrix form [..., in, out] and codes unpacked likewise,
 
@@ -88,16 +38,19 @@ class QuantizedArray:
   keeps the stacked axes, so a scan over layers slices them all.
 
   Attributes:
-    codes: uint8 [..., in / 2, out]; the even row is the high nibble.
+    codes: uint8 [..., in / 2, out] of 4-bit codes, the even row in the high
+      nibble; [..., in, out] of 8-bit ones.
     scales: [..., in / block, out]; float32, or uint8 when double-quantized.
     scales2: float32 [..., ceil(in * out / (256 * block))], or None.
     offset: float32 [...]; the mean absmax, or None.
     format: Name of the number format.
     block_size: Weights along `in` that share a scale.
     inputs: True sizes of the input axes; `in` is their product, padded with
-      zeros to a multiple of `block_size`.
+      codes of zero to a multiple of `block_size`.
     outputs: Sizes of the output axes.
     dtype: What the kernel is dequantized to.
+    order: How the kernel's own axes lie in [*stacked, *inputs, *outputs], as
+      in `Roles`; empty where they lie so.
   """
 
   codes: jax.Array
@@ -109,6 +62,7 @@ class QuantizedArray:
   inputs: tuple[int, ...]
   outputs: tuple[int, ...]
   dtype: Any
+  order: tuple[int, ...] = ()
 
   @property
   def stacked(self) -> tuple[int, ...]:
@@ -116,127 +70,20 @@ class QuantizedArray:
     return self.codes.shape[:-2]
 
   @property
-  def shape(self) -> tuple[int, ...]:
-    """Shape of the kernel that this stands for."""
-    return (*self.stacked, *self.inputs, *self.outputs)
-
-  @property
-  def ndim(self) -> int:
-    """Number of axes of the kernel."""
-    return len(self.shape)
-
-  @property
-  def size(self) -> int:
-    """Number of weights in the kernel."""
-    return math.prod(self.shape)
-
-  @property
   def nbytes(self) -> int:
     """Bytes that all fields take together."""
     fields = (self.codes, self.scales, self.scales2, self.offset)
     return sum(x.size * x.dtype.itemsize for x in fields if x is not None)
 
-  def astype(self, dtype: Any) -> 'QuantizedArray':
-    """Returns the same codes, to be dequantized to `dtype`."""
-    return dataclasses.replace(self, dtype=jnp.dtype(dtype))
+  @property
+  def codes_per_byte(self) -> int:
+    """How many codes a byte of `codes` holds: 2 or 1."""
+    return formats.FORMATS[self.format].codes_per_byte
 
 
 def is_quantized(leaf: Any) -> bool:
   """Whether a leaf is a QuantizedArray."""
   return isinstance(leaf, QuantizedArray)
-
-
-def quantize(params: tree.Params, spec: QuantSpec) -> Any:
-  """Replaces the leaves that `spec` means by QuantizedArrays.
-
-  Args:
-    params: Nested dict of float arrays.
-    spec: Which leaves, and how.
-
-  Returns:
-    A tree of the same structure. Each layer or expert of a stacked leaf is
-    quantized alone.
-
-  Raises:
-    ConfigError: A pattern matches nothing or a leaf that is no kernel.
-  """
-  leaves = tree.leaves_by_path(params, is_quantized)
-  chosen = targets.select(leaves, spec.targets, spec.exclude, spec.axes)
-
-  def visit(path: tuple[Any, ...], leaf: Any) -> Any:
-    roles = chosen.get(tree.join(path))
-    return leaf if roles is None else quantize_leaf(leaf, roles, spec)
-
-  return jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized)
-
-
-def quantize_leaf(leaf: jax.Array, roles: Roles, spec: QuantSpec) -> Any:
-  """Returns one kernel as a QuantizedArray; one that already is, unchanged.
-
-  Args:
-    leaf: Kernel of any float dtype, or a ShapeDtypeStruct.
-    roles: Roles of its axes.
-    spec: Number format, block size and dtype.
-  """
-  if is_quantized(leaf):
-    return leaf
-  if not jnp.issubdtype(leaf.dtype, jnp.floating):
-    raise ConfigError(
-      f'a leaf of dtype {leaf.dtype} cannot be quantized; exclude it'
-    )
-  run = functools.partial(_quantize_stack, roles=roles, spec=spec)
-  if isinstance(leaf, jax.ShapeDtypeStruct):
-    return jax.eval_shape(run, leaf)
-  return run(leaf)
-
-
-@functools.partial(jax.jit, static_argnames=('roles', 'spec'))
-def _quantize_stack(
-  kernel: jax.Array, roles: Roles, spec: QuantSpec
-) -> QuantizedArray:
-  stacked, inputs, outputs = roles.split(kernel.shape)
-  matrices = kernel.reshape(-1, math.prod(inputs), math.prod(outputs))
-  one = functools.partial(_quantize_matrix, spec=spec)
-  fields = jax.lax.map(one, matrices)  # a layer at a time: little scratch
-  fields = jax.tree.map(lambda x: x.reshape(*stacked, *x.shape[1:]), fields)
-  return QuantizedArray(
-    *fields,
-    format=spec.format,
-    block_size=spec.block_size,
-    inputs=inputs,
-    outputs=outputs,
-    dtype=jnp.dtype(spec.dtype or kernel.dtype),
-  )
-
-
-def _quantize_matrix(kernel: jax.Array, spec: QuantSpec) -> tuple[Any, ...]:
-  """Returns codes, scales, scales2 and offset of one [in, out] kernel."""
-  size, out = kernel.shape
-  padding = -size % spec.block_size
-  kernel = jnp.pad(kernel.astype(jnp.float32), ((0, padding), (0, 0)))
-  blocks = kernel.reshape(-1, spec.block_size, out)
-  absmax = jnp.abs(blocks).max(axis=1)
-  scaled = blocks * formats.reciprocal(absmax)[:, None]
-  codes = formats.nearest(scaled, formats.FORMATS[spec.format])
-  pairs = codes.reshape(-1, 2, out)
-  packed = pairs[:, 0] << 4 | pairs[:, 1]
-  if not spec.double_quant:
-    return packed, absmax, None, None
-  return packed, *_quantize_scales(absmax)
-
-
-def _quantize_scales(
-  absmax: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns 8-bit scales [in / block, out], their scales and their offset."""
-  offset = absmax.mean()
-  flat = (absmax - offset).T.reshape(-1)
-  blocks = jnp.pad(flat, (0, -flat.size % NESTED_BLOCK))
-  blocks = blocks.reshape(-1, NESTED_BLOCK)
-  scales2 = jnp.abs(blocks).max(axis=1)
-  scaled = blocks * formats.reciprocal(scales2)[:, None]
-  codes = formats.nearest(scaled, formats.DYNAMIC).reshape(-1)[: flat.size]
-  return codes.reshape(absmax.shape[::-1]).T, scales2, offset
 
 
 def dequantize(params: Any) -> Any:
@@ -266,35 +113,93 @@ def dequantize_leaf(x: QuantizedArray, dtype: Any = None) -> jax.Array:
   Returns:
     The kernel in `x.shape`. A block of zeros comes back as zeros.
   """
-  decode: Callable[[QuantizedArray], jax.Array] = decode_matrix
+  return _decode_stack(x.astype(dtype or x.dtype))
+
+
+@jax.jit  # operation by operation it would hold several times the kernel
+def _decode_stack(x: QuantizedArray) -> jax.Array:
+  matrices = _of_each_layer(decode_matrix, x)
+  kernel = matrices.reshape(*x.stacked, *x.inputs, *x.outputs)
+  return kernel.transpose(array_axes(x.order, x.ndim))
+
+
+def single_level(x: QuantizedArray) -> QuantizedArray:
+  """Returns the same kernel with float32 scales, whatever theirs are.
+
+  Args:
+    x: A quantized kernel. What takes a part of its input or output axis must
+      expand the second level first: its blocks run over the whole kernel.
+
+  Returns:
+    `x` with `scales` the absmax, without `scales2` and `offset`.
+  """
+  if x.scales2 is None:
+    return x
+  scales = _of_each_layer(expand_scales, x)
+  return dataclasses.replace(x, scales=scales, scales2=None, offset=None)
+
+
+def _of_each_layer(
+  function: Callable[[QuantizedArray], jax.Array], x: QuantizedArray
+) -> jax.Array:
+  """Maps a function of unstacked kernels over the stacked axes."""
   for _ in x.stacked:
-    decode = jax.vmap(decode)
-  return decode(x.astype(dtype or x.dtype)).reshape(x.shape)
+    function = jax.vmap(function)
+  return function(x)
 
 
 def decode_matrix(x: QuantizedArray) -> jax.Array:
   """Returns an unstacked kernel as [in, out] in `x.dtype`, padding removed."""
-  levels = jnp.asarray(formats.FORMATS[x.format])
-  half, out = x.codes.shape
-  nibbles = jnp.stack([x.codes >> 4, x.codes & 15], axis=1)
-  values = levels[nibbles].reshape(-1, x.block_size, out)
-  kernel = values * expand_scales(x)[:, None]
-  kernel = kernel.astype(x.dtype).reshape(2 * half, out)
-  return kernel[: math.prod(x.inputs)]
+  number_format = formats.FORMATS[x.format]
+  values = number_format.decode(number_format.unpack(x.codes))
+  out = values.shape[1]
+  blocks = values.reshape(-1, x.block_size, out)
+  kernel = (blocks * expand_scales(x)[:, None]).astype(x.dtype)
+  return kernel.reshape(-1, out)[: math.prod(x.inputs)]
 
 
-def expand_scales(x: QuantizedArray) -> jax.Array:
-  """Returns the float32 absmax [in / block_size, out] of an unstacked kernel.
+def decode_rows(x: QuantizedArray, rows: jax.Array) -> jax.Array:
+  """Returns rows of an unstacked kernel without decoding the others.
+
+  Args:
+    x: A quantized kernel without stacked axes.
+    rows: int [...], all in [0, in).
+
+  Returns:
+    [..., out] in `x.dtype`: the bits of `decode_matrix(x)[rows]`.
+  """
+  number_format = formats.FORMATS[x.format]
+  flat = jnp.asarray(rows, jnp.int32).reshape(-1)
+  codes = number_format.unpack_rows(x.codes, flat)
+  scales = expand_scales(x, flat // x.block_size)
+  values = (number_format.decode(codes) * scales).astype(x.dtype)
+  return values.reshape(*jnp.shape(rows), codes.shape[1])
+
+
+def expand_scales(
+  x: QuantizedArray, blocks: jax.Array | None = None
+) -> jax.Array:
+  """Returns the float32 absmax of an unstacked kernel's blocks.
 
   The product is rounded before the offset is added, as bitsandbytes does: a
   maximum that changes no finite value keeps compilers from contracting the
   product and the sum into one operation with one rounding.
+
+  Args:
+    x: A quantized kernel without stacked axes.
+    blocks: int [n], which blocks along `in`; None is all of them in order.
+
+  Returns:
+    [n, out].
   """
+  scales = x.scales if blocks is None else x.scales[blocks]
   if x.scales2 is None:
-    return x.scales
+    return scales
   count, out = x.scales.shape
-  order = jnp.arange(out)[None] * count + jnp.arange(count)[:, None]
-  scales2 = x.scales2[order // NESTED_BLOCK]
-  product = jnp.asarray(formats.DYNAMIC)[x.scales] * scales2
+  if blocks is None:
+    blocks = jnp.arange(count)
+  place = jnp.arange(out)[None] * count + blocks[:, None]
+  product = jnp.asarray(formats.DYNAMIC)[scales]
+  product = product * x.scales2[place // NESTED_BLOCK]
   product = jnp.maximum(product, jnp.finfo(jnp.float32).min)
   return product + x.offset

@@ -10,14 +10,20 @@ from typing import Any
 
 import jax
 
-from jlora.checkpoints.adapters import Adapter, check_fingerprint
+from jlora.checkpoints.adapters import (
+  Adapter,
+  check_base_leaves,
+  check_fingerprint,
+)
 from jlora.checkpoints.bases import Base, open_base
 from jlora.checkpoints.peft import load_adapter
 from jlora.checkpoints.placement import load_params
+from jlora.core.combination import combine
+from jlora.core.lazy import densify, is_lazy
 from jlora.core.lift import lift
-from jlora.core.lora import LoraSpec, densify, is_lazy
-from jlora.core.partition import combine, freeze
-from jlora.core.quantized import QuantSpec
+from jlora.core.lora import INITS_THAT_CHANGE_THE_BASE, LoraSpec
+from jlora.core.partition import freeze
+from jlora.core.quantization import QuantSpec
 from jlora.models import families
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
@@ -102,12 +108,13 @@ def load_tuned(
   if quant is not None:
     quant = families.resolve(quant, base.config)
   compute = compute_dtype(dtype)
-  whole = adapter.train_full if adapter else ()
+  whole = adapter.spec.train_full if adapter else ()
   frozen = load_params(base, quant, compute, whole=whole)
   trainable = {}
   if adapter is not None:
+    check_base_leaves(adapter, frozen)
     trainable = jax.tree.map(jax.numpy.asarray, adapter.trainable)
-    frozen = freeze(frozen, adapter.train_full)
+    frozen = freeze(frozen, whole)
   return Tuned(
     base=base,
     frozen=frozen,
@@ -128,6 +135,16 @@ def _trained_quant(
     return given
   fields = adapter.metadata['quantization']
   trained = None if fields is None else QuantSpec(**fields)
+  init = adapter.metadata.get('lora', {}).get('init')
+  if trained is not None and init in INITS_THAT_CHANGE_THE_BASE:
+    warnings.warn(
+      f'the init {init!r} took a part of the base out before it was quantized,'
+      ' and the adapter puts it back; so the base is used as'
+      f' {given or "it is, not quantized"}, which differs from the trained'
+      ' model by what quantization rounded off',
+      stacklevel=3,
+    )
+    return given
   if given is not None and given != trained:
     warnings.warn(
       f'the adapter was trained on a base quantized as {trained}, not as'

@@ -15,7 +15,7 @@ import jax
 from jlora.checkpoints.hf import save_folder
 from jlora.checkpoints.peft import save_adapter
 from jlora.checkpoints.run_folder import MetricsFile, RunFolder
-from jlora.core.partition import merge
+from jlora.core.combination import merge
 from jlora.training import report
 from jlora.training.evaluation import prompted
 from jlora.training.job import Job

@@ -12,7 +12,8 @@ from rich.console import Console
 from jlora.checkpoints.bases import Base, open_base
 from jlora.checkpoints.placement import load_params
 from jlora.core.lift import lift
-from jlora.core.partition import partition, plan
+from jlora.core.partition import partition
+from jlora.core.plan import make_plan
 from jlora.core.state import TrainState
 from jlora.core.tree import leaves_by_path, matching
 from jlora.data.batch import Batch
@@ -181,13 +182,13 @@ def resolve(spec: RunSpec, base: Base) -> RunSpec:
     weight.path: jax.ShapeDtypeStruct(weight.shape, jnp.float32)
     for weight in families.weights(base.config)
   }
-  adapted, whole = plan(shapes, lora)
-  for path in adapted:
-    if not path.endswith('/kernel'):
-      raise ConfigError(
-        f'lora.targets matches {path!r}; adapters on embeddings are not in'
-        ' this version, so train it whole with lora.train_full'
-      )
+  if lora.changes_base:
+    raise ConfigError(
+      f'lora.init {lora.init!r} takes a part out of the base, which a run'
+      " cannot rebuild yet; use 'lora' or 'gaussian', or jlora.partition in"
+      ' Python'
+    )
+  whole = make_plan(shapes, lora).full
   if quant is not None and set(whole) == set(shapes):
     raise ConfigError(
       'quant is set, but lora.train_full takes every leaf, so there is nothing'

@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import optax
 
-from jlora.core.partition import labels
+from jlora.core.combination import labels
 from jlora.errors import ConfigError
 
 SCHEDULES = ('constant', 'cosine')
@@ -27,6 +27,11 @@ class OptimSpec:
     b1: Decay of Adam's first moment.
     b2: Decay of Adam's second moment.
     eps: Added to the root of Adam's second moment.
+    lora_plus: Learning rate of the adapters' `b` over that of all else; LoRA+
+      takes 16.
+
+  References:
+    Hayou et al., `LoRA+ <https://arxiv.org/abs/2402.12354>`_.
   """
 
   learning_rate: float = 2e-4
@@ -37,6 +42,7 @@ class OptimSpec:
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
+  lora_plus: float = 1.0
 
   def __post_init__(self) -> None:
     """Checks the fields."""
@@ -52,6 +58,8 @@ class OptimSpec:
     for field in ('b1', 'b2'):
       self._require(field, 0 <= getattr(self, field) < 1, 'in [0, 1)')
     self._require('eps', 0 < self.eps < inf, 'above 0')
+    ratio = 0 < self.lora_plus < inf
+    self._require('lora_plus', ratio, 'above 0 and finite, such as 16')
 
   def _require(self, field: str, holds: bool, wanted: str) -> None:
     if not holds:
@@ -93,6 +101,10 @@ def make_optimizer(
   groups = labels(trainable)
   adam = optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps)
   present = sorted(set(jax.tree.leaves(groups)))
+  ratios = {
+    label: optax.scale(spec.lora_plus if label == 'b' else 1.0)
+    for label in present
+  }
   return optax.chain(
     optax.clip_by_global_norm(spec.clip) if spec.clip else optax.identity(),
     optax.partition(dict.fromkeys(present, adam), groups),
@@ -100,6 +112,7 @@ def make_optimizer(
       optax.add_decayed_weights(spec.weight_decay), decay_mask(trainable)
     ),
     optax.scale_by_learning_rate(make_schedule(spec, steps)),
+    optax.partition(ratios, groups),
   )
 
 

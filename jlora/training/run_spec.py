@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from jlora.core.lora import LoraSpec
-from jlora.core.quantized import QuantSpec
+from jlora.core.quantization import QuantSpec
 from jlora.errors import ConfigError
 from jlora.training.optimizers import OptimSpec
 

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
+from jlora.core.combination import combine
 from jlora.core.lift import lift
 from jlora.core.lora import LoraSpec
-from jlora.core.partition import combine
 from jlora.core.state import TrainState
 from jlora.data.batch import Batch
 from jlora.parallel.mesh import by_example, replicated

@@ -10,7 +10,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from jlora.checkpoints.peft import save_adapter
-from jlora.core import partition, tree
+from jlora.core import lora, targets, tree
 from jlora.core.lora import LoraSpec
 from jlora.models import families
 from jlora.models.config import DecoderConfig
@@ -171,7 +171,7 @@ class Adapted:
   params: dict[str, Any]
   trainable: dict[str, Any]
 
-  def save(self, folder, **metadata):
+  def save(self, folder, *, initial=None, **metadata):
     save_adapter(
       folder,
       self.trainable,
@@ -179,10 +179,11 @@ class Adapted:
       self.config,
       base_name='tiny',
       metadata=metadata,
+      initial=initial,
     )
 
 
-def _make_adapted(tied=True, **fields):
+def _make_adapted(tied=True, *, seed=0, **fields):
   config = DecoderConfig(
     vocab_size=48,
     embed_dim=16,
@@ -193,29 +194,49 @@ def _make_adapted(tied=True, **fields):
     head_dim=4,
     tie_embeddings=tied,
   )
-  targets = (r'layers/attention/[qv]_proj/kernel', r'layers/mlp/.*/kernel')
-  fields = {'rank': 4, 'alpha': 10.0, 'targets': targets, **fields}
+  patterns = (r'layers/attention/[qv]_proj/kernel', r'layers/mlp/.*/kernel')
+  fields = {'rank': 4, 'alpha': 10.0, 'targets': patterns, **fields}
   spec = families.resolve(LoraSpec(**fields), config)
   rng = np.random.default_rng(0)
   leaves = {
     weight.path: rng.normal(0, 0.3, weight.shape).astype('f4')
     for weight in families.weights(config)
   }
-  pairs, full = partition.plan(leaves, spec)
-  nodes = {path: {'full': leaves[path] + np.float32(0.5)} for path in full}
-  for path in pairs:
-    *stacked, size, out = leaves[path].shape
-    a, b = (*stacked, size, spec.rank), (*stacked, spec.rank, out)
-    nodes[path] = {
-      'a': rng.normal(0, 0.2, a).astype('f4'),
-      'b': rng.normal(0, 0.2, b).astype('f4'),
-    }
+  nodes = random_nodes(leaves, spec, np.random.default_rng(seed))
   return Adapted(config, spec, tree.nest(leaves), tree.nest(nodes))
+
+
+def random_nodes(leaves, spec, rng):
+  """Returns trained leaves by path, away from where they would start."""
+  adapted = targets.select(leaves, spec.targets, spec.exclude, spec.axes)
+  nodes = {
+    path: _random_pair(adapted[path], strength.ranks, spec.variant, rng)
+    for path, strength in lora.strengths(adapted, spec).items()
+  }
+  for path in tree.matching(spec.train_full, leaves):
+    nodes[path] = {'full': leaves[path] + np.float32(0.5)}
+  for pattern, ids in spec.train_rows:
+    for path in tree.matching([pattern], leaves):
+      rows = leaves[path] if 'embed' in path else leaves[path].T
+      nodes[path] = {'rows': rows[list(ids)] + np.float32(0.5)}
+  return nodes
+
+
+def _random_pair(target, ranks, variant, rng):
+  stacked, size, out = target.matrix
+  kept = np.arange(ranks.max()) < ranks[..., None]
+  a = rng.normal(0, 0.2, (*stacked, size, ranks.max()))
+  b = rng.normal(0, 0.2, (*stacked, ranks.max(), out))
+  node = {'a': a * kept[..., None, :], 'b': b * kept[..., None]}
+  if variant == 'dora':
+    chosen = (ranks > 0)[..., None]
+    node['magnitude'] = rng.uniform(0.5, 2, (*stacked, out)) * chosen
+  return {name: array.astype('f4') for name, array in node.items()}
 
 
 @pytest.fixture(scope='session')
 def make_adapted():
-  """Returns a function of `tied` and of LoraSpec's fields."""
+  """Returns a function of `tied`, the adapter's seed and LoraSpec's fields."""
   return _make_adapted
 
 

@@ -51,12 +51,12 @@ REFUSED_TENSORS = {
   'float64': (lambda t: t.update({KEY: np.ones((4, 16))}), 'dtype F64'),
   'another model': (set_to(KEY.replace('.1.', '.9.'), [1]), 'layers.9'),
   'a path': (set_to('../../etc/passwd', [1]), '../../etc/passwd'),
-  'DoRA': (set_to(f'{MODULE}.lora_magnitude_vector', [1]), 'part of DoRA'),
+  'DoRA': (set_to(f'{MODULE}.lora_magnitude_vector', [1]), 'use_dora is not'),
   'a bias': (set_to(f'{MODULE}.lora_B.bias', [1]), 'lora_bias'),
-  'base': (set_to(f'{MODULE}.base_layer.weight', [1]), 'save_embedding_layers'),
+  'base': (set_to(f'{MODULE}.base_layer.weight', [1]), 'part of the base'),
   'an embedding': (
     set_to('base_model.model.model.embed_tokens.lora_embedding_A', [1]),
-    'low-rank updates of an embedding',
+    'a low-rank pair that target_modules leaves out',
   ),
 }
 
@@ -92,11 +92,20 @@ def test_a_key_that_occurs_twice_is_refused(foreign_folder, adapted):
     load_adapter(foreign_folder, adapted.config)
 
 
-def test_two_values_for_a_tied_embedding_are_refused(make_adapted, tmp_path):
-  adapted = make_adapted(train_full=('embed/embedding',))
+@pytest.mark.parametrize(
+  ('fields', 'part'),
+  [
+    ({'train_full': ('embed/embedding',)}, 'weight'),
+    ({'targets': ('embed/embedding',)}, 'lora_B.weight'),
+  ],
+)
+def test_two_values_for_a_tied_embedding_are_refused(
+  make_adapted, tmp_path, fields, part
+):
+  adapted = make_adapted(**fields)
   adapted.save(tmp_path / 'x')
   (tmp_path / 'x' / adapters.METADATA_FILE).unlink()
-  key = 'base_model.model.lm_head.weight'
-  change_tensors(tmp_path / 'x', set_to(key, np.ones((48, 16))))
+  key = f'base_model.model.lm_head.{part}'
+  change_tensors(tmp_path / 'x', lambda tensors: tensors[key].fill(1))
   with pytest.raises(AdapterError, match='another lm_head'):
     load_adapter(tmp_path / 'x', adapted.config)

@@ -2,6 +2,7 @@ import dataclasses
 import functools
 import inspect
 
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -230,7 +231,9 @@ def test_a_missing_rule_is_reported_once_with_path_and_operation(kernel):
   def fn(params):
     return jnp.sin(params['w']) + jnp.sin(params['w'])
 
-  with pytest.warns(UserWarning, match=r"'sin' has no rule .*'0/w'") as caught:
+  with pytest.warns(
+    UserWarning, match=r"'sin' in .* has no rule .*'0/w'"
+  ) as caught:
     result = jlora.lift(fn)({'w': leaf})
   assert len(caught) == 1
   np.testing.assert_allclose(result, fn({'w': dense}), rtol=1e-5)
@@ -238,7 +241,7 @@ def test_a_missing_rule_is_reported_once_with_path_and_operation(kernel):
 
 def test_a_missing_rule_can_be_an_error(kernel):
   run = jlora.lift(lambda w: jnp.sin(w), on_missing='error')
-  with pytest.raises(TypeError, match="'sin' has no rule"):
+  with pytest.raises(TypeError, match=r"'sin' in .* has no rule"):
     run(kernel[0])
 
 
@@ -317,3 +320,31 @@ def test_lift_works_under_vmap(kernel):
   np.testing.assert_allclose(
     run(x, leaf), jnp.tanh(x @ dense), rtol=1e-5, atol=1e-5
   )
+
+
+def test_an_error_without_lazy_leaves_says_to_combine():
+  model = nn.Dense(6)
+  params = model.init(jax.random.key(0), jnp.ones((2, 6)))['params']
+  _, trainable = jlora.partition(
+    jax.random.key(0), params, jlora.LoraSpec(rank=2)
+  )
+  with pytest.raises(flax.errors.ScopeParamShapeError) as caught:
+    jlora.lift(model.apply)({'params': trainable}, jnp.ones((2, 6)))
+  notes = ' '.join(caught.value.__notes__)
+  assert 'jlora.combine(frozen, trainable, spec)' in notes
+
+
+def test_codes_have_no_derivative_and_jax_says_so():
+  params = {'kernel': jnp.ones((6, 6))}
+  frozen = jlora.quantize(params, jlora.QuantSpec(block_size=2))
+  run = jlora.lift(lambda p, x: (x @ p['kernel']).sum())
+  with pytest.raises(TypeError, match='but got uint8'):
+    jax.grad(run)(frozen, jnp.ones((2, 6)))
+
+
+def test_linen_compares_the_shape_of_codes_where_lift_was_forgotten():
+  model = nn.Dense(6)
+  params = model.init(jax.random.key(0), jnp.ones((2, 6)))['params']
+  frozen = jlora.quantize(params, jlora.QuantSpec(block_size=2))
+  with pytest.raises(flax.errors.ScopeParamShapeError, match=r'\(3, 6\)'):
+    model.apply({'params': frozen}, jnp.ones((2, 6)))

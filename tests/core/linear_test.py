@@ -6,7 +6,8 @@ import pytest
 import jlora
 from jlora.core.axes import parse_roles
 from jlora.core.linear import Adapter, linear
-from jlora.core.quantized import dequantize_leaf, quantize_leaf
+from jlora.core.quantization import quantize_leaf
+from jlora.core.quantized import dequantize_leaf
 
 IN, OUT, RANK, SCALE = 128, 48, 5, 1.75
 

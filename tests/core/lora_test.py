@@ -1,26 +1,23 @@
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jlora
-from jlora.core.lora import apply_kernel, densify, is_lazy
+from jlora.core import lora, targets
 from jlora.errors import ConfigError
 
+LEAVES = {
+  'layers/up/kernel': jnp.zeros((3, 8, 6)),
+  'layers/down/kernel': jnp.zeros((3, 6, 8)),
+  'head/kernel': jnp.zeros((8, 12)),
+}
+AXES = {'layers/.*': 'layers | in -> out'}
 
-def make_leaf(stacked=(), dtype=jnp.float32, **fields):
-  keys = jax.random.split(jax.random.key(0), 3)
-  values = {
-    'base': jax.random.normal(keys[0], (*stacked, 8, 2, 3)).astype(dtype),
-    'a': jax.random.normal(keys[1], (*stacked, 8, 4)),
-    'b': jax.random.normal(keys[2], (*stacked, 4, 6)),
-    'scale': jnp.full(stacked, 0.5),
-    'key': None,
-    'inputs': (8,),
-    'outputs': (2, 3),
-    'dropout': 0.0,
-  }
-  return jlora.LoraArray(**(values | fields))
+
+def strengths(**fields):
+  spec = jlora.LoraSpec(**({'rank': 4, 'alpha': 8.0, 'axes': AXES} | fields))
+  found = targets.select(LEAVES, spec.targets, spec.exclude, spec.axes)
+  return lora.strengths(found, spec)
 
 
 @pytest.mark.parametrize(
@@ -38,6 +35,16 @@ def make_leaf(stacked=(), dtype=jnp.float32, **fields):
     ({'dropout': 1.0}, 'lora.dropout is 1'),
     ({'dropout': -0.1}, 'lora.dropout is -0.1'),
     ({'dropout': float('nan')}, 'lora.dropout is nan'),
+    ({'rank': True}, 'lora.rank is True'),
+    ({'scaling': 'rs'}, "scaling 'rs' is none of 'lora', 'rslora'"),
+    ({'variant': 'x'}, "variant 'x' is none of 'lora', 'dora'"),
+    ({'init': 'svd'}, "init 'svd' is none of 'lora', 'gaussian', 'pissa'"),
+    ({'rank_pattern': {'a': 0}}, 'lora.rank_pattern is 0'),
+    ({'rank_pattern': 3}, 'lora.rank_pattern is 3; it takes pairs'),
+    ({'alpha_pattern': {'a': -2}}, 'lora.alpha_pattern is -2'),
+    ({'train_rows': {'a': []}}, 'it takes row ids'),
+    ({'train_rows': {'a': [-1]}}, 'it takes row ids'),
+    ({'train_rows': {'a': [3, 1]}}, 'must be sorted, each id once'),
     ({'targets': (3,)}, 'targets holds 3'),
     ({'axes': {'a': 'b'}}, "axis roles 'b'"),
   ],
@@ -52,8 +59,9 @@ def test_a_whole_rank_may_come_as_a_float():
   assert (rank, type(rank)) == (4, int)
 
 
-def test_the_scale_is_alpha_over_rank():
-  assert jlora.LoraSpec(rank=8, alpha=12.0).scale == 1.5
+def test_the_scale_is_alpha_over_rank_or_over_its_root():
+  assert jlora.LoraSpec(rank=16, alpha=12.0).scale == 0.75
+  assert jlora.LoraSpec(rank=16, alpha=12.0, scaling='rslora').scale == 3
 
 
 def test_specs_with_lists_are_hashable_and_equal():
@@ -63,74 +71,50 @@ def test_specs_with_lists_are_hashable_and_equal():
   assert one == two
 
 
-def test_a_leaf_has_the_shape_of_its_kernel():
-  leaf = make_leaf((5,))
-  assert (leaf.shape, leaf.ndim) == ((5, 8, 2, 3), 4)
-  assert (leaf.stacked, leaf.dtype) == ((5,), jnp.float32)
-  assert leaf.astype(jnp.bfloat16).dtype == jnp.bfloat16
-  assert leaf.astype(jnp.bfloat16).a.dtype == jnp.float32
+def test_rows_come_as_a_mapping_of_lists():
+  spec = jlora.LoraSpec(train_rows={'embed/.*': [3, 7]})
+  assert spec.train_rows == (('embed/.*', (3, 7)),)
+  assert hash(spec)
 
 
-def test_densify_adds_the_scaled_product():
-  leaf = make_leaf((5,))
-  update = 0.5 * np.einsum('lir,lro->lio', leaf.a, leaf.b)
-  expected = np.asarray(leaf.base) + update.reshape(5, 8, 2, 3)
-  np.testing.assert_allclose(densify(leaf), expected, rtol=1e-5, atol=1e-6)
+def test_a_kernel_that_no_pattern_names_has_the_rank_of_the_spec():
+  found = strengths()
+  assert {path: s.rank for path, s in found.items()} == dict.fromkeys(LEAVES, 4)
+  np.testing.assert_array_equal(found['layers/up/kernel'].scales, [2, 2, 2])
+  assert found['head/kernel'].scales.shape == ()
 
 
-def test_densify_rounds_the_sum_once():
-  leaf = make_leaf(dtype=jnp.bfloat16)
-  exact = densify(leaf, jnp.float32)
-  np.testing.assert_array_equal(densify(leaf), exact.astype(jnp.bfloat16))
-
-
-def test_densify_leaves_arrays_alone():
-  x = jnp.ones(3)
-  assert densify(x) is x
-  assert densify(x, jnp.bfloat16).dtype == jnp.bfloat16
-  assert not is_lazy(x)
-
-
-def test_applying_a_leaf_is_applying_its_dense_kernel():
-  leaf = make_leaf()
-  x = jax.random.normal(jax.random.key(9), (7, 8))
-  expected = x @ densify(leaf).reshape(8, 6)
-  np.testing.assert_allclose(
-    apply_kernel(x, leaf), expected, rtol=1e-5, atol=1e-5
+def test_the_first_pattern_that_matches_gives_rank_and_alpha():
+  found = strengths(
+    rank_pattern={'layers/1/up/kernel': 2, 'layers/.*': 3},
+    alpha_pattern={'.*/down/.*': 6},
   )
+  up, down = found['layers/up/kernel'], found['layers/down/kernel']
+  np.testing.assert_array_equal(up.ranks, [3, 2, 3])
+  np.testing.assert_allclose(up.scales, [8 / 3, 4, 8 / 3], rtol=1e-6)
+  np.testing.assert_array_equal(down.scales, [2, 2, 2])
+  assert found['head/kernel'].rank == 4
 
 
-def test_dropout_matches_a_mask_drawn_by_hand():
-  key = jax.random.key(4)
-  leaf = make_leaf(key=key, dropout=0.25)
-  x = jax.random.normal(jax.random.key(9), (40, 8))
-  kept = np.asarray(jax.random.bernoulli(key, 0.75, x.shape))
-  branch = np.where(kept, np.asarray(x) / 0.75, 0)
-  expected = np.asarray(x) @ np.asarray(leaf.base).reshape(8, 6)
-  expected += 0.5 * branch @ np.asarray(leaf.a) @ np.asarray(leaf.b)
-  assert 0 < kept.mean() < 1
-  np.testing.assert_allclose(
-    apply_kernel(x, leaf), expected, rtol=1e-5, atol=1e-5
-  )
+def test_rslora_divides_by_the_root_of_each_rank():
+  found = strengths(scaling='rslora', rank_pattern={'layers/2/up/kernel': 1})
+  np.testing.assert_array_equal(found['layers/up/kernel'].scales, [4, 4, 8])
 
 
-def test_dropout_keeps_the_expectation():
-  leaf = make_leaf(dropout=0.5)
-  x = jax.random.normal(jax.random.key(9), (3, 8))
-  keys = jax.random.split(jax.random.key(1), 4096)
-
-  @jax.vmap
-  def draw(key):
-    return apply_kernel(x, make_leaf(key=key, dropout=0.5))
-
-  draws = np.asarray(draw(keys))
-  error = np.abs(draws.mean(axis=0) - np.asarray(apply_kernel(x, leaf)))
-  # 18 means, each within 5 of its standard errors.
-  assert (error <= 5 * draws.std(axis=0) / 64 + 1e-5).all()
+def test_a_layer_that_is_not_chosen_has_rank_and_scale_zero():
+  found = strengths(targets='layers/[02]/up/kernel')
+  np.testing.assert_array_equal(found['layers/up/kernel'].ranks, [4, 0, 4])
+  np.testing.assert_array_equal(found['layers/up/kernel'].scales, [2, 0, 2])
+  assert list(found) == ['layers/up/kernel']
 
 
-def test_without_a_key_nothing_is_dropped():
-  x = jax.random.normal(jax.random.key(9), (3, 8))
-  np.testing.assert_array_equal(
-    apply_kernel(x, make_leaf(dropout=0.9)), apply_kernel(x, make_leaf())
-  )
+def test_a_layer_can_be_excluded():
+  found = strengths(exclude=('layers/1/.*', 'head/.*'))
+  np.testing.assert_array_equal(found['layers/down/kernel'].ranks, [4, 0, 4])
+  assert 'head/kernel' not in found
+
+
+@pytest.mark.parametrize('field', ['rank_pattern', 'alpha_pattern'])
+def test_a_pattern_that_names_no_adapted_kernel_is_refused(field):
+  with pytest.raises(ConfigError, match=r"'layers/9/\.\*' matches none"):
+    strengths(**{field: {'layers/9/.*': 2}})

@@ -17,7 +17,7 @@ AXES = (('layers/.*', 'layers | in -> out'), ('head/.*', 'embed -> vocab'))
 def test_all_linear_takes_kernels_but_no_head_and_no_vector():
   found = targets.select(LEAVES, 'all-linear', (), AXES)
   assert list(found) == ['layers/up/kernel']
-  assert found['layers/up/kernel'].stacked == ('layers',)
+  assert found['layers/up/kernel'].roles.stacked == ('layers',)
 
 
 def test_a_pattern_may_name_the_head():

@@ -7,7 +7,7 @@ import pytest
 
 import jlora
 from jlora.core.axes import parse_roles
-from jlora.core.quantized import quantize_leaf
+from jlora.core.quantization import quantize_leaf
 from jlora.training.losses import summed_cross_entropy
 
 SHAPE, EMBED, VOCAB = (3, 11), 16, 40

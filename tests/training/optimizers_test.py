@@ -187,3 +187,15 @@ def test_a_plain_flax_train_state_trains_the_trainable_half(
     losses.append(float(loss))
   assert losses == sorted(losses, reverse=True)
   assert int(state.step) == 4
+
+
+def test_lora_plus_trains_b_faster_and_nothing_else():
+  params = {'k': {'a': jnp.ones((4, 2)), 'b': jnp.ones((2, 4))}}
+  updates = []
+  for ratio in (1.0, 16.0):
+    spec = OptimSpec(lora_plus=ratio, clip=0.0)
+    tx = make_optimizer(spec, 10, params)
+    updates.append(tx.update(params, tx.init(params), params)[0]['k'])
+  plain, faster = updates
+  np.testing.assert_array_equal(faster['a'], plain['a'])
+  np.testing.assert_array_equal(faster['b'], 16 * plain['b'])
