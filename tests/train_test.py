@@ -219,7 +219,7 @@ def test_what_is_known_before_loading_is_refused_at_once(
 @pytest.mark.parametrize(
   ('flag', 'parts'),
   [
-    ('--config.lora.rank=500', ['500', 'at most 64']),
+    ('--config.lora.rank=500', ['500', 'at most 32']),
     ('--config.lora.targets=.*/nope', ['.*/nope']),
     ('--config.data.max_length=999', ['999', '256']),
   ],

@@ -6,6 +6,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 import safetensors.numpy
 
@@ -97,10 +98,8 @@ def _nodes(
   trainable: Mapping[str, Any], layouts: Mapping[str, Layout]
 ) -> dict[str, Node]:
   """Returns the nodes of a tree by path, each of them checked."""
-  nodes: dict[str, dict[str, np.ndarray]] = {}
-  for path, leaf in tree.leaves_by_path(trainable).items():
-    parent, _, name = path.rpartition('/')
-    nodes.setdefault(parent, {})[name] = np.asarray(leaf, np.float32)
+  arrays = jax.tree.map(lambda x: np.asarray(x, np.float32), trainable)
+  nodes = tree.nodes_by_path(arrays)
   for path in sorted(nodes.keys() ^ layouts.keys()):
     raise AdapterError(
       f'trainable has {path!r}, which the spec does not train in this base'

@@ -9,6 +9,7 @@ sees a kernel as `[..., in, out]`, with the axes of each side flattened.
 import dataclasses
 import math
 import re
+from typing import Any
 
 from jlora.errors import ConfigError
 
@@ -87,6 +88,36 @@ def array_axes(order: tuple[int, ...], ndim: int) -> tuple[int, ...]:
     ndim: Number of axes of the array.
   """
   return tuple(ndim + k for k in order if k >= -ndim) or tuple(range(ndim))
+
+
+def to_matrices(array: Any, roles: Roles) -> Any:
+  """Returns a kernel as its model stores it in the form [*stacked, in, out].
+
+  Args:
+    array: The kernel; a NumPy or JAX array.
+    roles: Roles of its axes.
+  """
+  stacked, inputs, outputs = roles.split(array.shape)
+  array = array.transpose(canonical_axes(roles.order, array.ndim))
+  return array.reshape(*stacked, math.prod(inputs), math.prod(outputs))
+
+
+def from_matrices(
+  matrices: Any,
+  inputs: tuple[int, ...],
+  outputs: tuple[int, ...],
+  order: tuple[int, ...],
+) -> Any:
+  """Returns a kernel [*stacked, in, out] as its model stores it.
+
+  Args:
+    matrices: The kernel; a NumPy or JAX array.
+    inputs: Sizes of the input axes.
+    outputs: Sizes of the output axes.
+    order: As in `Roles`.
+  """
+  array = matrices.reshape(*matrices.shape[:-2], *inputs, *outputs)
+  return array.transpose(array_axes(order, array.ndim))
 
 
 def parse_roles(text: str) -> Roles:

@@ -51,7 +51,7 @@ def combine(
   Raises:
     AdapterError: `trainable` has a leaf that `frozen` lacks, or lacks one.
   """
-  nodes = _nodes(trainable)
+  nodes = tree.nodes_by_path(trainable)
   plan = make_plan(tree.arrays_by_path(frozen, is_frozen_leaf), spec)
   _check_paths(nodes, plan.paths)
 
@@ -70,14 +70,6 @@ def combine(
     return leaf
 
   return jax.tree_util.tree_map_with_path(visit, frozen, is_leaf=is_frozen_leaf)
-
-
-def _nodes(trainable: dict[str, Any]) -> dict[str, dict[str, Any]]:
-  nodes: dict[str, dict[str, Any]] = {}
-  for path, leaf in tree.leaves_by_path(trainable).items():
-    parent, _, name = path.rpartition('/')
-    nodes.setdefault(parent, {})[name] = leaf
-  return nodes
 
 
 def _check_paths(nodes: Mapping[str, Any], expected: set[str]) -> None:

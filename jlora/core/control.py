@@ -19,14 +19,14 @@ HandedOn = Mapping[int, Flow]  # what a program returns unchanged, by position
 
 def call(evaluate: Any, equation: jex.JaxprEqn, operands: list[Any]) -> Results:
   """An inner jit is inlined: the caller's jit is the one that counts."""
-  inner = equation.params.get('jaxpr') or equation.params['call_jaxpr']
-  return evaluate(inner.jaxpr, inner.consts, operands)
+  program, consts = _program(equation)
+  return evaluate(program, consts, operands)
 
 
-def _program(equation: jex.JaxprEqn) -> jex.Jaxpr:
-  """Returns the program of a call."""
+def _program(equation: jex.JaxprEqn) -> tuple[jex.Jaxpr, Sequence[Any]]:
+  """Returns what a call runs, and the values of its constants."""
   inner = equation.params.get('jaxpr') or equation.params['call_jaxpr']
-  return getattr(inner, 'jaxpr', inner)
+  return getattr(inner, 'jaxpr', inner), getattr(inner, 'consts', ())
 
 
 def checkpoint(
@@ -34,11 +34,11 @@ def checkpoint(
 ) -> Results:
   """Rematerialized code stays so, around its evaluation."""
   params = equation.params
-  program = params['jaxpr']
+  program, consts = _program(equation)
   handed_on = _handed_on(_results(program), program.invars, operands)
 
   def run(*inner: Any) -> list[jax.Array]:
-    found = evaluate(program, (), inner)
+    found = evaluate(program, consts, inner)
     return _others(found, handed_on, evaluate, equation)
 
   remat = jax.checkpoint(
@@ -164,7 +164,7 @@ def _results(program: jex.Jaxpr) -> list[Any]:
     equation, i = made[atom]
     if CONTROL.get(equation.primitive.name) not in (call, checkpoint):
       return atom
-    inner = _program(equation)
+    inner, _ = _program(equation)
     result = _results(inner)[i]
     places = [k for k, var in enumerate(inner.invars) if var is result]
     return origin(equation.invars[places[0]]) if places else atom

@@ -108,7 +108,7 @@ def describe(
   frozen = {p: _abstract(x) for p, x in leaves.items() if p not in plan.full}
   if quant is not None:
     frozen = _attempt(lambda: quantize(frozen, quant), problems) or frozen
-  sizes = {path: _bytes(leaf) for path, leaf in frozen.items()}
+  sizes = {path: tree.size_of(leaf) for path, leaf in frozen.items()}
   return Description(
     rows=tuple(_rows(leaves, plan, spec)),
     quantized={p: n for p, n in sizes.items() if is_lazy(frozen[p])},
@@ -236,11 +236,6 @@ def _abstract(leaf: Any) -> Any:
   if is_lazy(leaf):
     return leaf
   return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _bytes(leaf: Any) -> int:
-  arrays = jax.tree.leaves(leaf)
-  return sum(math.prod(x.shape) * x.dtype.itemsize for x in arrays)
 
 
 def _row(row: Row) -> str:

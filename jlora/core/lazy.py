@@ -14,10 +14,21 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jlora.core.axes import array_axes
+from jlora.core.axes import from_matrices
 from jlora.core.leaf import LazyLeaf
 from jlora.core.linear import Stored, matrix_of
-from jlora.core.quantized import QuantizedArray
+from jlora.core.quantized import QuantizedArray, dequantize_leaf
+
+
+class _OnBase(LazyLeaf):
+  """A leaf that stands on a frozen kernel, its field `base`."""
+
+  @property
+  def kernel(self) -> Stored | QuantizedArray:
+    """The base as the fused op takes it."""
+    if isinstance(self.base, QuantizedArray):
+      return self.base.astype(self.dtype)
+    return Stored(self.base, self.inputs, self.outputs, self.order, self.dtype)
 
 
 @functools.partial(
@@ -26,7 +37,7 @@ from jlora.core.quantized import QuantizedArray
   meta_fields=('inputs', 'outputs', 'order', 'dtype', 'dropout'),
 )
 @dataclasses.dataclass(frozen=True)
-class LoraArray(LazyLeaf):
+class LoraArray(_OnBase):
   """A frozen kernel with an adapter, as a pytree node.
 
   It stands for `W + scale * a @ b`, with a magnitude for that kernel with
@@ -64,11 +75,6 @@ class LoraArray(LazyLeaf):
     """Sizes of the stacked axes."""
     return self.a.shape[:-2]
 
-  @property
-  def kernel(self) -> Stored | QuantizedArray:
-    """The base as the fused op takes it."""
-    return _kernel(self)
-
 
 @functools.partial(
   jax.tree_util.register_dataclass,
@@ -76,7 +82,7 @@ class LoraArray(LazyLeaf):
   meta_fields=('ids', 'axis', 'inputs', 'outputs', 'order', 'dtype'),
 )
 @dataclasses.dataclass(frozen=True)
-class RowsArray(LazyLeaf):
+class RowsArray(_OnBase):
   """A frozen table of which some entries are trained, as a pytree node.
 
   Attributes:
@@ -105,19 +111,8 @@ class RowsArray(LazyLeaf):
     """Sizes of the stacked axes: there are none."""
     return ()
 
-  @property
-  def kernel(self) -> Stored | QuantizedArray:
-    """The base as the fused op takes it."""
-    return _kernel(self)
-
 
 LazyArray = QuantizedArray | LoraArray | RowsArray
-
-
-def _kernel(leaf: LoraArray | RowsArray) -> Stored | QuantizedArray:
-  if isinstance(leaf.base, QuantizedArray):
-    return leaf.base.astype(leaf.dtype)
-  return Stored(leaf.base, leaf.inputs, leaf.outputs, leaf.order, leaf.dtype)
 
 
 def is_lazy(leaf: Any) -> bool:
@@ -135,9 +130,10 @@ def densify(leaf: Any, dtype: Any = None) -> Any:
   """
   if not is_lazy(leaf):
     return leaf if dtype is None else leaf.astype(dtype)
-  matrix = dense_matrix(leaf, dtype)
-  array = matrix.reshape(*leaf.stacked, *leaf.inputs, *leaf.outputs)
-  return array.transpose(array_axes(leaf.order, array.ndim))
+  if isinstance(leaf, QuantizedArray):
+    return dequantize_leaf(leaf, dtype)
+  matrices = dense_matrix(leaf, dtype)
+  return from_matrices(matrices, leaf.inputs, leaf.outputs, leaf.order)
 
 
 def dense_matrix(leaf: LazyArray, dtype: Any = None) -> jax.Array:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core.axes import canonical_axes
-from jlora.core.quantized import QuantizedArray, decode_matrix
+from jlora.core.quantized import QuantizedArray, decode_matrices
 
 
 @functools.partial(
@@ -56,10 +56,7 @@ def matrix_of(kernel: Kernel) -> jax.Array:
   if isinstance(kernel, jax.Array):
     return kernel
   if isinstance(kernel, QuantizedArray):
-    decode: Callable[[QuantizedArray], jax.Array] = decode_matrix
-    for _ in kernel.stacked:
-      decode = jax.vmap(decode)
-    return decode(kernel)
+    return decode_matrices(kernel)
   sides = len(kernel.inputs) + len(kernel.outputs)
   first = kernel.array.ndim - sides
   order = tuple(k for k in kernel.order if k >= -sides)
@@ -235,8 +232,7 @@ def _frozen(
   kernel: Kernel,
   rest: tuple[jax.Array, ...],
 ) -> jax.Array:
-  product, _ = static
-  return product(x, matrix_of(kernel), *rest)
+  return _frozen_forward(static, x, kernel, rest)[0]
 
 
 def _frozen_forward(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Container, Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core import initializers, tree
-from jlora.core.axes import Roles, array_axes, canonical_axes
+from jlora.core.axes import Roles, from_matrices, to_matrices
 from jlora.core.combination import adapt
 from jlora.core.lazy import LoraArray, column_lengths, dense_matrix
 from jlora.core.lora import LoraSpec
@@ -108,7 +107,7 @@ def _start(
         f'lora.init {spec.init!r} takes a part out of the dense kernel, but'
         f' {path!r} is quantized; pass dense params and quant=QuantSpec(…)'
       )
-    kernel = _matrices(leaf, adapted.target.roles)
+    kernel = to_matrices(leaf, adapted.target.roles)
     round_trip = quant and functools.partial(_round_trip, quant=quant)
   return initializers.start(
     spec.init,
@@ -137,20 +136,11 @@ def _round_trip(kernel: jax.Array, quant: QuantSpec) -> jax.Array:
   return dequantize_leaf(codes, jnp.float32)
 
 
-def _matrices(leaf: jax.Array, roles: Roles) -> jax.Array:
-  """Returns a kernel as float32 [*stacked, in, out]."""
-  stacked, _, outputs = roles.split(leaf.shape)
-  array = leaf.transpose(canonical_axes(roles.order, leaf.ndim))
-  array = array.astype(jnp.float32)
-  return array.reshape(*stacked, -1, math.prod(outputs))
-
-
 def _as_stored(matrices: jax.Array, adapted: Adapted) -> jax.Array:
   """Returns [*stacked, in, out] in the layout of the model's own array."""
-  target = adapted.target
-  stacked, inputs, outputs = target.roles.split(target.shape)
-  array = matrices.reshape(*stacked, *inputs, *outputs)
-  return array.transpose(array_axes(target.roles.order, array.ndim))
+  roles = adapted.target.roles
+  _, inputs, outputs = roles.split(adapted.target.shape)
+  return from_matrices(matrices, inputs, outputs, roles.order)
 
 
 def freeze(
@@ -206,7 +196,7 @@ def _magnitude(kernel: LoraArray) -> jax.Array:
 def _rows(leaf: Any, rows: Rows) -> jax.Array:
   """Returns the rows that are trained, float32 [n, dim]."""
   dense = dequantize_leaf(leaf) if is_quantized(leaf) else leaf
-  table = _matrices(dense, rows.target.roles)
+  table = _as_float32(to_matrices(dense, rows.target.roles))
   ids = jnp.array(rows.ids)
   return table[ids] if rows.axis == 'in' else table[:, ids].T
 

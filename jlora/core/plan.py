@@ -106,7 +106,7 @@ def make_plan(leaves: dict[str, Any], spec: LoraSpec) -> Plan:
 
   Raises:
     ConfigError: A pattern matches nothing or the wrong kind of leaf, two
-      fields claim one leaf, a rank exceeds its kernel, or nothing is trained.
+      fields claim one leaf, or nothing is trained.
   """
   if not isinstance(spec, LoraSpec):
     raise ConfigError(

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core import formats, targets, tree
-from jlora.core.axes import Axes, Roles, canonical_axes
+from jlora.core.axes import Axes, Roles, to_matrices
 from jlora.core.quantized import NESTED_BLOCK, QuantizedArray, is_quantized
 from jlora.errors import ConfigError
 
@@ -145,8 +144,8 @@ def _quantize_stack(
   kernel: jax.Array, roles: Roles, spec: QuantSpec
 ) -> QuantizedArray:
   stacked, inputs, outputs = roles.split(kernel.shape)
-  canonical = kernel.transpose(canonical_axes(roles.order, kernel.ndim))
-  matrices = canonical.reshape(-1, math.prod(inputs), math.prod(outputs))
+  matrices = to_matrices(kernel, roles)
+  matrices = matrices.reshape(-1, *matrices.shape[-2:])
   one = functools.partial(_quantize_matrix, spec=spec)
   fields = jax.lax.map(one, matrices)  # a layer at a time: little scratch
   fields = jax.tree.map(lambda x: x.reshape(*stacked, *x.shape[1:]), fields)

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jlora.core import formats
-from jlora.core.axes import array_axes
+from jlora.core.axes import from_matrices
 from jlora.core.leaf import LazyLeaf
 
 NESTED_BLOCK = 256  # scales that share a second-level scale
@@ -118,9 +118,7 @@ def dequantize_leaf(x: QuantizedArray, dtype: Any = None) -> jax.Array:
 
 @jax.jit  # operation by operation it would hold several times the kernel
 def _decode_stack(x: QuantizedArray) -> jax.Array:
-  matrices = _of_each_layer(decode_matrix, x)
-  kernel = matrices.reshape(*x.stacked, *x.inputs, *x.outputs)
-  return kernel.transpose(array_axes(x.order, x.ndim))
+  return from_matrices(decode_matrices(x), x.inputs, x.outputs, x.order)
 
 
 def single_level(x: QuantizedArray) -> QuantizedArray:
@@ -146,6 +144,11 @@ def _of_each_layer(
   for _ in x.stacked:
     function = jax.vmap(function)
   return function(x)
+
+
+def decode_matrices(x: QuantizedArray) -> jax.Array:
+  """Returns a kernel as [*stacked, in, out] in `x.dtype`, padding removed."""
+  return _of_each_layer(decode_matrix, x)
 
 
 def decode_matrix(x: QuantizedArray) -> jax.Array:

@@ -138,7 +138,9 @@ def select(
   else:
     _refuse_presets(targets, leaves)
     found = _matching(targets, leaves, axes)
-  taken_out = _matching(exclude, leaves, axes, of_kernels=False)
+  taken_out = {}
+  if exclude:
+    taken_out = _matching(exclude, leaves, axes, of_kernels=False)
   for path in found.keys() & taken_out.keys():
     chosen = found[path].chosen & ~taken_out[path].chosen
     found[path] = dataclasses.replace(found[path], chosen=chosen)

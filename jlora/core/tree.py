@@ -39,6 +39,24 @@ def arrays_by_path(
   }
 
 
+def nodes_by_path(trainable: Any) -> dict[str, dict[str, Any]]:
+  """Returns what is trained of each leaf, by the leaf's path.
+
+  Args:
+    trainable: From `jlora.partition`, whose last keys say what a leaf is.
+  """
+  nodes: dict[str, dict[str, Any]] = {}
+  for path, leaf in leaves_by_path(trainable).items():
+    parent, _, name = path.rpartition('/')
+    nodes.setdefault(parent, {})[name] = leaf
+  return nodes
+
+
+def size_of(tree: Any) -> int:
+  """Returns the bytes of all arrays of a tree, abstract ones included."""
+  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
 def fold_path(key: jax.Array, path: str) -> jax.Array:
   """Returns a PRNG key for one leaf; it depends on the path alone."""
   return jax.random.fold_in(key, zlib.crc32(path.encode()))

@@ -86,18 +86,24 @@ class _Reader:
         known.update(zip(equation.outvars, results, strict=False))
     return [of(atom) for atom in jaxpr.outvars]
 
-  def note(self, track: Track, inputs: Iterable[int], **fields: Any) -> None:
+  def note(
+    self,
+    track: Track,
+    inputs: Iterable[int],
+    parallel: Iterable[int],
+    *,
+    is_lookup: bool = False,
+  ) -> None:
     """Notes a use of a parameter unless it has one already.
 
     Args:
       track: The parameter.
       inputs: Its axes that are summed over.
-      **fields: `parallel` and `is_lookup` of `Use`.
+      parallel: Those that go in parallel.
+      is_lookup: Whether its rows are looked up.
     """
-    fields = {'parallel': frozenset(), **fields}
-    use = Use(
-      track.ndim, frozenset(track.looped), inputs=frozenset(inputs), **fields
-    )
+    looped, parallel, inputs = map(frozenset, (track.looped, parallel, inputs))
+    use = Use(track.ndim, looped, parallel, inputs, is_lookup)
     if not use.roles.inputs or not use.roles.outputs:
       return
     if track.path not in self.found or use.is_lookup:
@@ -167,7 +173,7 @@ def _note_product(
   groups = track.view.groups
   inputs = [a for axis in summed for a in axes_of(groups[axis])]
   parallel = [a for axis in batch for a in axes_of(groups[axis])]
-  reader.note(track, inputs, parallel=frozenset(parallel))
+  reader.note(track, inputs, parallel)
 
 
 def _ragged_dot(
@@ -201,7 +207,7 @@ def _gather(
   if len(groups) - len(batch) == 2:
     parallel = [a for i in batch for a in axes_of(groups[i])]
     rows = axes_of(groups[axis])
-    reader.note(track, rows, parallel=frozenset(parallel), is_lookup=True)
+    reader.note(track, rows, parallel, is_lookup=True)
     return []
   if batch or tuple(numbers.collapsed_slice_dims) != (axis,):
     return []

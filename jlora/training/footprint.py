@@ -7,6 +7,7 @@ from typing import Any
 import jax
 
 from jlora.core.quantized import is_quantized
+from jlora.core.tree import size_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,8 +71,3 @@ def measure(frozen: Any, state: Any, compiled: Any) -> Footprint:
     compiled_peak=peak,
     flops=float((compiled.cost_analysis() or {}).get('flops', 0.0)),
   )
-
-
-def size_of(tree: Any) -> int:
-  """Returns the bytes of all arrays of a tree."""
-  return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

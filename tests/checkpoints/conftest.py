@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from jlora.checkpoints.peft import save_adapter
+from jlora.checkpoints.peft import load_adapter, save_adapter
 from jlora.core import lora, targets, tree
 from jlora.core.lora import LoraSpec
 from jlora.models import families
@@ -181,6 +181,17 @@ class Adapted:
       metadata=metadata,
       initial=initial,
     )
+
+  def expect_same_bytes_again(self, folder):
+    """Loads what was saved, saves that, and compares the files."""
+    adapter = load_adapter(folder, self.config)
+    again = dataclasses.replace(
+      self, spec=adapter.spec, trainable=adapter.trainable
+    )
+    copy = folder.with_name('again')
+    again.save(copy, **adapter.metadata)
+    for path in folder.iterdir():
+      assert (copy / path.name).read_bytes() == path.read_bytes()
 
 
 def _make_adapted(tied=True, *, seed=0, **fields):

@@ -318,13 +318,7 @@ def test_the_files_come_back_as_the_trees_they_were(adapted, adapter_folder):
 def test_a_round_trip_gives_the_same_bytes(make_adapted, tmp_path, fields):
   adapted = make_adapted(**fields)
   adapted.save(tmp_path / 'first')
-  adapter = load_adapter(tmp_path / 'first', adapted.config)
-  again = dataclasses.replace(
-    adapted, spec=adapter.spec, trainable=adapter.trainable
-  )
-  again.save(tmp_path / 'again', **adapter.metadata)
-  for path in (tmp_path / 'first').iterdir():
-    assert (tmp_path / 'again' / path.name).read_bytes() == path.read_bytes()
+  adapted.expect_same_bytes_again(tmp_path / 'first')
 
 
 def test_tensors_are_sorted_float32_in_the_torch_layout(adapter_folder):

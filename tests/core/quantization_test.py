@@ -37,21 +37,11 @@ def columns(theirs, out):
 
 def installed(kernel, name, block_size):
   """What the installed bitsandbytes makes of a [in, out] kernel."""
-  functional = pytest.importorskip('bitsandbytes.functional')
   torch = pytest.importorskip('torch')
-  weight = torch.from_numpy(kernel.T.copy())
-  settings = {'blocksize': block_size, 'quant_type': name}
-  packed, single = functional.quantize_4bit(weight, **settings)
-  _, double = functional.quantize_4bit(
-    weight, compress_statistics=True, **settings
-  )
-  return {
-    'packed': packed.numpy(),
-    'absmax': single.absmax.numpy(),
-    'nested_absmax': double.absmax.numpy(),
-    'nested_absmax2': double.state2.absmax.numpy(),
-    'offset': double.offset.numpy(),
-  }
+  pytest.importorskip('bitsandbytes')
+  from tests.golden.make_bitsandbytes_4bit import bytes_of
+
+  return bytes_of(torch.from_numpy(kernel.T.copy()), name, block_size)
 
 
 def expect_same_bytes(kernel, theirs, *, nested, **fields):

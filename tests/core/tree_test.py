@@ -1,4 +1,5 @@
 import jax
+import jax.numpy as jnp
 import pytest
 
 from jlora.core import tree
@@ -42,3 +43,11 @@ def test_is_leaf_stops_the_descent():
   leaves = tree.leaves_by_path({'a': {'b': 1}}, lambda x: 'b' in x)
   assert jax.tree.leaves(leaves) == [1]
   assert list(leaves) == ['a']
+
+
+def test_size_of_adds_all_arrays():
+  arrays = {
+    'a': jnp.zeros((3, 4), jnp.bfloat16),
+    'b': [jnp.zeros(5, jnp.uint8)],
+  }
+  assert tree.size_of(arrays) == 2 * 12 + 5

@@ -7,6 +7,7 @@ from jax.sharding import NamedSharding
 
 import jlora
 from jlora.core.state import TrainState
+from jlora.core.tree import size_of
 from jlora.data.batch import Batch
 from jlora.errors import ConfigError
 from jlora.models import families
@@ -14,7 +15,6 @@ from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel import topology
 from jlora.parallel.mesh import by_example, make_mesh, replicated
-from jlora.training.footprint import size_of
 from jlora.training.optimizers import OptimSpec, make_optimizer
 from jlora.training.step import make_loss, make_step
 

@@ -1,9 +1,8 @@
 import jax
-import jax.numpy as jnp
 import pytest
 
 from jlora.parallel.mesh import make_mesh
-from jlora.training.footprint import measure, size_of
+from jlora.training.footprint import measure
 from jlora.training.step import make_step
 
 
@@ -60,8 +59,3 @@ def test_the_table_names_every_part(measured):
   total = footprint.frozen_params + footprint.trainable_params
   assert rows['parameters'].startswith(f'{total:,}')
   assert footprint.flops > 0
-
-
-def test_size_of_adds_all_arrays():
-  tree = {'a': jnp.zeros((3, 4), jnp.bfloat16), 'b': [jnp.zeros(5, jnp.uint8)]}
-  assert size_of(tree) == 2 * 12 + 5
