@@ -174,7 +174,7 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
   kind = _plain(hint)
   if value is None or hint is Any:
     return value
-  if isinstance(value, str) and value[:1] in ('(', '[') and kind is not bool:
+  if isinstance(value, str) and value[:1] in tuple('([{') and kind is not bool:
     value = _literal(field, value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   whole = number and math.isfinite(value) and value == int(value)

@@ -84,6 +84,7 @@ def _write_peft(tuned: 'Tuned', out: pathlib.Path) -> None:
     tuned.base.config,
     base_name=tuned.base.name,
     metadata=tuned.metadata,
+    initial=tuned.initial,
   )
 
 

@@ -180,6 +180,26 @@ def test_targets_from_the_command_line(text, targets):
   assert spec.lora.targets == targets
 
 
+@pytest.mark.parametrize(
+  'value',
+  [
+    "{'layers/[0-9]/.*': 8, '.*/kernel': 4}",
+    "[('layers/[0-9]/.*', 8), ('.*/kernel', 4)]",
+    {'layers/[0-9]/.*': 8, '.*/kernel': 4},
+  ],
+  ids=['dict', 'pairs', 'experiment'],
+)
+def test_values_by_pattern_keep_their_order(value):
+  spec = resolve(lora={'rank_pattern': value})
+  assert spec.lora.rank_pattern == (('layers/[0-9]/.*', 8), ('.*/kernel', 4))
+
+
+def test_loftq_needs_quantization():
+  with pytest.raises(ConfigError, match=r"'loftq' .* quant is None"):
+    resolve(lora={'init': 'loftq'})
+  assert resolve(lora={'init': 'loftq'}, quant={}).quant is not None
+
+
 def test_whole_numbers_are_fine_where_a_float_is_due():
   spec = resolve(lora={'alpha': 8, 'rank': 4.0}, optim={'learning_rate': 1})
   assert (spec.lora.alpha, type(spec.lora.alpha)) == (8.0, float)

@@ -25,6 +25,17 @@ TEMPLATE = (
 )
 
 
+def pytest_collection_modifyitems(items):
+  """Keeps together, on one of several workers, what shares a fixture.
+
+  All commands go into one group, for they share a run and compiled programs;
+  the other tests go by file.
+  """
+  for item in items:
+    group = 'commands' if 'commands' in item.fixturenames else item.path.stem
+    item.add_marker(pytest.mark.xdist_group(group))
+
+
 @pytest.fixture(scope='session')
 def sizes():
   """Decoders by name: two small layers, and SmolLM2-135M's sizes."""

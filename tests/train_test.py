@@ -133,6 +133,51 @@ def test_every_experiment_runs_two_steps(commands, tmp_path, experiment):
     assert names == CONTRACT
 
 
+def test_methods_are_flags_of_one_run(commands, tmp_path):
+  run = tmp_path / 'run'
+  ended = commands.train(
+    run,
+    '--config.train.steps=2',
+    '--config.lora.variant=dora',
+    '--config.lora.scaling=rslora',
+    '--config.lora.dropout=0.1',
+    '--config.optim.lora_plus=16',
+    "--config.lora.rank_pattern={'layers/1/.*': 4}",
+    '--config.lora.train_full=.*norm/scale',
+    "--config.lora.train_rows={'embed/embedding': [1, 2]}",
+  )
+  assert (ended.rc, ended.stderr) == (0, '')
+  for part in ('rank 4-16', "train_full '.*norm/scale'", '2 rows'):
+    assert part in ended.stdout
+  summary = json.loads((run / 'summary.json').read_text())
+  sides = 2 * (64 + 64) + 2 * (64 + 32) + 3 * (64 + 128)
+  magnitudes = 2 * (2 * 64 + 2 * 32 + 2 * 128 + 64)
+  norms, rows = 5 * 64, 2 * 64
+  expected = (16 + 4) * sides + magnitudes + norms + rows
+  assert summary['trainable_params'] == expected
+
+
+def test_an_init_that_changes_the_base_is_the_same_in_every_process(
+  commands, tmp_path
+):
+  run, written = tmp_path / 'run', tmp_path / 'peft'
+  flags = ('--config.lora.init=pissa', '--config.train.steps=2')
+  ended = commands.train(run, *flags)
+  assert (ended.rc, ended.stderr) == (0, '')
+  assert commands.run('evaluate', f'--run={run}').rc == 0
+  scores = json.loads((run / 'evaluation.json').read_text())
+  summary = json.loads((run / 'summary.json').read_text())
+  for name in ('base', 'tuned'):
+    loss = summary[f'{name}_model']['eval_loss']
+    assert scores[name]['eval_loss'] == loss
+  ended = commands.run(
+    'export', f'--run={run}', '--to=peft', f'--out={written}'
+  )
+  assert (ended.rc, ended.stderr) == (0, '')
+  name = 'adapter_model.safetensors'
+  assert (written / name).read_bytes() == (run / 'adapter' / name).read_bytes()
+
+
 def test_a_signal_stops_after_a_checkpoint_and_the_same_command_continues(
   commands, finished, tmp_path
 ):

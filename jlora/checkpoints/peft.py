@@ -14,6 +14,7 @@ from jlora.checkpoints import adapters, peft_config
 from jlora.checkpoints.adapters import Adapter
 from jlora.checkpoints.peft_initial import (
   add_initial,
+  only_pairs,
   take_initial,
   twice_the_rank,
 )
@@ -53,8 +54,8 @@ def save_adapter(
     base_name: Name of the base, as a user of PEFT would load it.
     metadata: Written to `jlora_metadata.json`, such as `base_sha256`, beside
       the fields of `spec` under `lora`.
-    initial: `trainable` before training; needed where the init changed the
-      base, and not used elsewhere.
+    initial: The low-rank pairs of `trainable` before training; needed where
+      the init changed the base, and not used elsewhere.
 
   Raises:
     AdapterError: PEFT has no form for a leaf, a leaf does not fit the decoder
@@ -79,7 +80,7 @@ def save_adapter(
         ' of a user of PEFT still has; pass initial=, the adapters before'
         ' training, and plain LoRA of twice the rank is written'
       )
-    nodes = add_initial(layouts, nodes, _nodes(initial, layouts))
+    nodes = add_initial(layouts, nodes, _initial_nodes(initial, layouts))
     layouts = twice_the_rank(layouts)
     selection = selection.doubled()
   fields = peft_config.make_fields(selection, base, base_name)
@@ -109,6 +110,16 @@ def _nodes(
   for path, layout in layouts.items():
     layout.check(nodes[path])
   return nodes
+
+
+def _initial_nodes(
+  initial: Mapping[str, Any], layouts: Mapping[str, Layout]
+) -> dict[str, Node]:
+  """Returns the pairs before training, whatever else the tree holds."""
+  pairs = only_pairs(layouts)
+  nodes = tree.nodes_by_path(initial)
+  found = {path: nodes[path] for path in pairs if path in nodes}
+  return _nodes(tree.nest(found), pairs)
 
 
 def load_adapter(

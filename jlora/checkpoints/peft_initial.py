@@ -15,6 +15,11 @@ from jlora.checkpoints.peft_layout import Layout, Node
 from jlora.checkpoints.peft_leaves import Pair
 
 
+def only_pairs(layouts: Mapping[str, Layout]) -> dict[str, Pair]:
+  """Returns the layouts of low-rank pairs, by path."""
+  return {path: x for path, x in layouts.items() if isinstance(x, Pair)}
+
+
 def twice_the_rank(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
   """Returns the layouts of trained leaves with pairs of twice the rank."""
   return {
@@ -64,8 +69,7 @@ def take_initial(
 
 
 def _wide_pairs(layouts: Mapping[str, Layout]) -> Iterator[tuple[str, Pair]]:
-  wide = twice_the_rank(layouts)
-  return ((path, x) for path, x in wide.items() if isinstance(x, Pair))
+  yield from only_pairs(twice_the_rank(layouts)).items()
 
 
 def _sum(layer: Node, initial: Node) -> Node:

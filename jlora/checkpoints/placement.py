@@ -7,49 +7,69 @@ import jax
 import jax.numpy as jnp
 
 from jlora.checkpoints.bases import Base
-from jlora.core.quantization import (
-  QuantSpec,
-  quantize_leaf,
-  select_whole,
-)
+from jlora.core.lora import LoraSpec
+from jlora.core.quantization import QuantSpec
+from jlora.core.split import make_split, split_leaf
+from jlora.core.tree import nest
 from jlora.models import families
 
 
-def load_params(
+def load_halves(
+  key: jax.Array,
+  base: Base,
+  spec: LoraSpec | None,
+  quant: QuantSpec | None,
+  dtype: Any,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """Reads a base leaf by leaf and splits each one as it arrives.
+
+  The dense form of a quantized leaf is dropped before the next is read. The
+  result is that of `jlora.partition` on the whole base, in another dtype.
+
+  Args:
+    key: PRNG key of the adapters.
+    base: From `open_base`.
+    spec: What is trained, presets resolved; None for nothing.
+    quant: What is quantized, presets resolved; None for nothing.
+    dtype: Of the dense frozen leaves, and what the quantized ones compute in.
+
+  Returns:
+    The frozen and the trainable half of the decoder's params.
+
+  Raises:
+    ConfigError: The specs do not fit the base.
+    BaseModelError: A tensor is damaged.
+  """
+  split = make_split(families.shapes(base.config), spec, quant)
+  trained = {}
+
+  def place(path: str, leaf: Any) -> Any:
+    frozen, node = split_leaf(split, key, path, jnp.asarray(leaf), dtype=dtype)
+    if node:
+      trained[path] = node
+    return jax.block_until_ready(frozen)
+
+  frozen = base.load_params(place=place)
+  return frozen, nest(trained)
+
+
+def load_frozen(
   base: Base,
   quant: QuantSpec | None,
   dtype: Any,
   *,
   whole: Collection[str] = (),
 ) -> dict[str, Any]:
-  """Reads a base leaf by leaf and quantizes each one as it arrives.
-
-  The dense form of a quantized leaf is dropped before the next is read.
+  """Reads a base for an adapter that exists already.
 
   Args:
     base: From `open_base`.
-    quant: What is quantized, presets resolved; None for nothing.
-    dtype: Of the dense leaves, and what the quantized ones compute in.
-    whole: Paths of leaves that are trained whole: they stay float32.
+    quant: As in `load_halves`.
+    dtype: As in `load_halves`.
+    whole: Patterns of the leaves that the adapter replaces.
 
   Returns:
-    The decoder's params, with QuantizedArrays where `quant` says so.
+    The frozen half of the decoder's params.
   """
-  shapes = {
-    weight.path: jax.ShapeDtypeStruct(weight.shape, jnp.float32)
-    for weight in families.weights(base.config)
-    if weight.path not in whole
-  }
-  chosen = {}
-  if quant is not None:
-    chosen = select_whole(shapes, quant)
-
-  def place(path: str, leaf: Any) -> Any:
-    if path in whole:
-      return jnp.asarray(leaf, jnp.float32)
-    if path not in chosen:
-      return jnp.asarray(leaf, dtype)
-    codes = quantize_leaf(jnp.asarray(leaf), chosen[path], quant)
-    return jax.block_until_ready(codes.astype(quant.dtype or dtype))
-
-  return base.load_params(place=place)
+  spec = LoraSpec(targets=(), train_full=tuple(whole)) if whole else None
+  return load_halves(jax.random.key(0), base, spec, quant, dtype)[0]

@@ -39,12 +39,7 @@ def step_flops(spec: RunSpec, config: DecoderConfig) -> float | None:
   dtype = compute_dtype(spec.train.dtype)
   lora = families.resolve(spec.lora, config)
   quant = spec.quant and families.resolve(spec.quant, config)
-  params = nest(
-    {
-      weight.path: jax.ShapeDtypeStruct(weight.shape, dtype)
-      for weight in families.weights(config)
-    }
-  )
+  params = nest(families.shapes(config, dtype))
   frozen, trainable = partition(jax.random.key(0), params, lora, quant=quant)
   tx = make_optimizer(spec.optim, 1, trainable)
   head = families.head_path(config)

@@ -5,10 +5,12 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 
 from jlora.checkpoints.adapters import (
   Adapter,
@@ -16,17 +18,21 @@ from jlora.checkpoints.adapters import (
   check_fingerprint,
 )
 from jlora.checkpoints.bases import Base, open_base
-from jlora.checkpoints.peft import load_adapter
-from jlora.checkpoints.placement import load_params
+from jlora.checkpoints.peft import load_adapter, split_initial
+from jlora.checkpoints.placement import load_frozen, load_halves
 from jlora.core.combination import combine
 from jlora.core.lazy import densify, is_lazy
 from jlora.core.lift import lift
 from jlora.core.lora import INITS_THAT_CHANGE_THE_BASE, LoraSpec
-from jlora.core.partition import freeze
 from jlora.core.quantization import QuantSpec
+from jlora.core.tree import nodes_by_path
+from jlora.errors import AdapterError
 from jlora.models import families
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
+
+# Relative, and of a float32 decomposition made on another machine.
+_SAME_START = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +43,8 @@ class Tuned:
     base: The base model.
     frozen: Its parameters, without the leaves that the adapter replaces.
     trainable: The adapter's parameters; empty without one.
+    initial: Its low-rank pairs before training, where they began as a part of
+      the base; else None.
     spec: What was trained; None without an adapter.
     quant: How the base is quantized here, or None.
     dtype: What it computes in.
@@ -47,6 +55,7 @@ class Tuned:
   base: Base
   frozen: Any
   trainable: dict[str, Any]
+  initial: dict[str, Any] | None
   spec: LoraSpec | None
   quant: QuantSpec | None
   dtype: Any
@@ -93,59 +102,119 @@ def load_tuned(
     AdapterError: The adapter is damaged or belongs to another base.
   """
   base = open_base(base_name)
-  adapter = None
-  if adapter_folder is not None:
-    adapter = load_adapter(pathlib.Path(adapter_folder), base.config)
-    same = check_fingerprint(
-      adapter.metadata, base.sha256, allow_other_base=allow_other_base
-    )
-    if not same:
-      warnings.warn(
-        f'the adapter in {adapter_folder} is not known to belong to this base',
-        stacklevel=2,
-      )
-    quant = _trained_quant(adapter, quant)
-  if quant is not None:
-    quant = families.resolve(quant, base.config)
   compute = compute_dtype(dtype)
-  whole = adapter.spec.train_full if adapter else ()
-  frozen = load_params(base, quant, compute, whole=whole)
-  trainable = {}
-  if adapter is not None:
-    check_base_leaves(adapter, frozen)
-    trainable = jax.tree.map(jax.numpy.asarray, adapter.trainable)
-    frozen = freeze(frozen, whole)
+  if adapter_folder is None:
+    quant = quant and families.resolve(quant, base.config)
+    parts = _Parts(load_frozen(base, quant, compute), {}, None, None)
+    return _tuned(base, parts, quant, compute, {})
+  adapter = load_adapter(pathlib.Path(adapter_folder), base.config)
+  same = check_fingerprint(
+    adapter.metadata, base.sha256, allow_other_base=allow_other_base
+  )
+  if not same:
+    warnings.warn(
+      f'the adapter in {adapter_folder} is not known to belong to this base',
+      stacklevel=2,
+    )
+  again = same and _can_start_again(adapter.metadata)
+  quant = _trained_quant(adapter.metadata, quant, again=again)
+  quant = quant and families.resolve(quant, base.config)
+  load = _start_again if again else _put_beside
+  parts = load(adapter, base, quant, compute)
+  return _tuned(base, parts, quant, compute, adapter.metadata)
+
+
+class _Parts(NamedTuple):
+  """What is put together: see `Tuned`."""
+
+  frozen: Any
+  trainable: dict[str, Any]
+  spec: LoraSpec | None
+  initial: dict[str, Any] | None
+
+
+def _tuned(
+  base: Base,
+  parts: _Parts,
+  quant: QuantSpec | None,
+  dtype: Any,
+  metadata: dict[str, Any],
+) -> Tuned:
   return Tuned(
     base=base,
-    frozen=frozen,
-    trainable=trainable,
-    spec=adapter.spec if adapter else None,
+    frozen=parts.frozen,
+    trainable=jax.tree.map(jnp.asarray, parts.trainable),
+    initial=parts.initial,
+    spec=parts.spec,
     quant=quant,
-    dtype=compute,
-    apply=lift(Decoder(base.config, dtype=compute).apply),
-    metadata=adapter.metadata if adapter else {},
+    dtype=dtype,
+    apply=lift(Decoder(base.config, dtype=dtype).apply),
+    metadata=metadata,
   )
 
 
+def _put_beside(
+  adapter: Adapter, base: Base, quant: QuantSpec | None, dtype: Any
+) -> _Parts:
+  """Puts an adapter beside the base as it is."""
+  spec = adapter.spec
+  frozen = load_frozen(base, quant, dtype, whole=spec.train_full)
+  check_base_leaves(adapter, frozen)
+  return _Parts(frozen, adapter.trainable, spec, None)
+
+
+def _can_start_again(metadata: Mapping[str, Any]) -> bool:
+  """Whether an adapter began as a part of its base, and a run wrote it."""
+  init = metadata.get('lora', {}).get('init')
+  return init in INITS_THAT_CHANGE_THE_BASE and 'quantization' in metadata
+
+
+def _start_again(
+  adapter: Adapter, base: Base, quant: QuantSpec | None, dtype: Any
+) -> _Parts:
+  """Takes the start of an adapter out of its base, as training began.
+
+  The file holds plain LoRA of twice the rank for the base as it was; in 4 bits
+  that would be another model, for what was quantized is what the init left.
+  """
+  trained, initial, spec = split_initial(adapter, base.config)
+  key = jax.random.key(0)  # these inits draw nothing
+  frozen, started = load_halves(key, base, spec, quant, dtype)
+  for path, node in nodes_by_path(initial).items():
+    again = nodes_by_path(started)[path]
+    found, written = (x['a'] @ x['b'] for x in (again, node))
+    distance = np.linalg.norm(found - written) / np.linalg.norm(written)
+    if distance > _SAME_START:
+      raise AdapterError(
+        f'the init {spec.init!r} starts {path!r} {distance:.1%} away from where'
+        ' this adapter began; use the base and the version of jlora that it was'
+        ' trained with'
+      )
+  return _Parts(frozen, trained, spec, initial)
+
+
 def _trained_quant(
-  adapter: Adapter, given: QuantSpec | None
+  metadata: Mapping[str, Any], given: QuantSpec | None, *, again: bool
 ) -> QuantSpec | None:
-  """Returns the quantization that an adapter was trained with, if it says."""
-  if 'quantization' not in adapter.metadata:
+  """Returns the quantization that an adapter was trained with, if it says.
+
+  Args:
+    metadata: The adapter's.
+    given: What the caller asks for.
+    again: Whether the adapter's start is taken out of the base again.
+  """
+  fields = metadata.get('quantization')
+  trained = QuantSpec(**fields) if fields else None
+  if 'quantization' not in metadata or trained == given:
     return given
-  fields = adapter.metadata['quantization']
-  trained = None if fields is None else QuantSpec(**fields)
-  init = adapter.metadata.get('lora', {}).get('init')
-  if trained is not None and init in INITS_THAT_CHANGE_THE_BASE:
+  if _can_start_again(metadata) and not again:
     warnings.warn(
-      f'the init {init!r} took a part of the base out before it was quantized,'
-      ' and the adapter puts it back; so the base is used as'
-      f' {given or "it is, not quantized"}, which differs from the trained'
-      ' model by what quantization rounded off',
+      'the adapter began as a part of another base, which was then quantized;'
+      f' this base is used as {given or "it is, not quantized"}',
       stacklevel=3,
     )
     return given
-  if given is not None and given != trained:
+  if given is not None:
     warnings.warn(
       f'the adapter was trained on a base quantized as {trained}, not as'
       f' {given}; the former is used',

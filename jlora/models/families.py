@@ -5,6 +5,9 @@ import re
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
+import jax
+import jax.numpy as jnp
+
 from jlora.errors import BaseModelError, ConfigError
 from jlora.models.config import DecoderConfig, RopeScaling
 
@@ -60,7 +63,7 @@ class Weight:
 
 def weights(config: DecoderConfig) -> Iterator[Weight]:
   """Yields every leaf of a decoder with its Hugging Face names."""
-  shapes = _shapes(config)
+  known = _shapes(config)
   for path, module in _NAMES.items():
     if path == 'lm_head/kernel' and config.tie_embeddings:
       continue
@@ -71,8 +74,18 @@ def weights(config: DecoderConfig) -> Iterator[Weight]:
       modules=tuple(module.format(i) for i in range(count)),
       stacked=stacked,
       transposed=path.endswith('/kernel'),
-      shape=shapes[path],
+      shape=known[path],
     )
+
+
+def shapes(
+  config: DecoderConfig, dtype: Any = jnp.float32
+) -> dict[str, jax.ShapeDtypeStruct]:
+  """Returns every leaf of a decoder by path, without its numbers."""
+  return {
+    weight.path: jax.ShapeDtypeStruct(weight.shape, dtype)
+    for weight in weights(config)
+  }
 
 
 def _shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:

@@ -60,6 +60,7 @@ def save_trained(
       'quantization': quantization(job),
       'step': step,
     },
+    initial=job.initial,
   )
 
 

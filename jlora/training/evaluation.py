@@ -10,7 +10,7 @@ import numpy as np
 
 from jlora.checkpoints.adapters import check_fingerprint
 from jlora.checkpoints.bases import open_base
-from jlora.checkpoints.peft import load_adapter
+from jlora.checkpoints.peft import load_adapter, split_initial
 from jlora.core.combination import combine
 from jlora.core.partition import partition
 from jlora.data.conversations import Conversation
@@ -130,6 +130,8 @@ def load_trained(job: Job, result: pathlib.Path) -> Any:
   if job.spec.is_adapter:
     adapter = load_adapter(result, job.base.config)
     check_fingerprint(adapter.metadata, job.base.sha256)
+    if job.spec.lora.changes_base:
+      return split_initial(adapter, job.base.config)[0]
     return adapter.trainable
   params = open_base(str(result)).load_params()
   _, trainable = partition(jax.random.key(0), params, job.spec.lora)

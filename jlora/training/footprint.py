@@ -16,7 +16,8 @@ class Footprint:
 
   Attributes:
     frozen_params: Weights that are not trained.
-    trainable_params: Weights that are.
+    trainable_params: Weights that are, without the zeros that pad the ranks
+      within a stack.
     bytes: Bytes by part: frozen 4-bit, frozen dense, trainable, optimizer,
       and scratch, the compiler's temporary buffers, gradients included.
     compiled_peak: Bytes at the peak of one step: arguments + temporary
@@ -42,13 +43,16 @@ class Footprint:
     yield 'compiled peak', f'{self.compiled_peak / 1e6:,.1f} MB'
 
 
-def measure(frozen: Any, state: Any, compiled: Any) -> Footprint:
+def measure(
+  frozen: Any, state: Any, compiled: Any, *, trained: int
+) -> Footprint:
   """Counts a run's parameters and bytes.
 
   Args:
     frozen: The frozen half of the parameters.
     state: The TrainState.
     compiled: The compiled train step.
+    trained: Number of trained weights, padding left out.
   """
   leaves = jax.tree.leaves(frozen, is_leaf=is_quantized)
   memory = compiled.memory_analysis()
@@ -60,7 +64,7 @@ def measure(frozen: Any, state: Any, compiled: Any) -> Footprint:
   )
   return Footprint(
     frozen_params=sum(x.size for x in leaves),
-    trainable_params=sum(x.size for x in jax.tree.leaves(state.trainable)),
+    trainable_params=trained,
     bytes={
       'frozen, quantized': size_of([x for x in leaves if is_quantized(x)]),
       'frozen, dense': size_of([x for x in leaves if not is_quantized(x)]),

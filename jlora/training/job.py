@@ -6,16 +6,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from rich.console import Console
 
 from jlora.checkpoints.bases import Base, open_base
-from jlora.checkpoints.placement import load_params
+from jlora.checkpoints.placement import load_halves
+from jlora.core.description import Description, describe
 from jlora.core.lift import lift
 from jlora.core.partition import partition
 from jlora.core.plan import make_plan
 from jlora.core.state import TrainState
-from jlora.core.tree import leaves_by_path, matching
+from jlora.core.tree import leaves_by_path, nest
 from jlora.data.batch import Batch
 from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
@@ -45,6 +47,8 @@ class Job:
     steps: Updates of the whole run.
     frozen: The frozen half of the parameters.
     state: The state before the first step.
+    initial: A copy of the adapters before the first step, where they began as
+      a part of the base; else None.
     step: (state, frozen, batch) -> (state, metrics), compiled; it donates the
       state.
     evaluate: (trainable, frozen, batch) -> (summed loss, tokens).
@@ -52,6 +56,7 @@ class Job:
     dtype: What the base computes in.
     schedule: Learning rate by step.
     place: Puts a batch on the devices.
+    description: What is trained, quantized and frozen.
     footprint: Parameters and bytes.
   """
 
@@ -64,12 +69,14 @@ class Job:
   steps: int
   frozen: Any
   state: TrainState
+  initial: Any
   step: Callable[..., Any]
   evaluate: Callable[..., Any]
   apply: Callable[..., Any]
   dtype: Any
   schedule: optax.Schedule
   place: Callable[[Batch], Batch]
+  description: Description
   footprint: Footprint
 
   @property
@@ -115,7 +122,13 @@ def build(spec: RunSpec, console: Console) -> Job:
   steps = _count_steps(spec, loader)
 
   dtype = compute_dtype(spec.train.dtype)
-  frozen, trainable = _split(spec, base, dtype)
+  if spec.lora.changes_base:
+    console.print(f'starting the adapters from the base: {spec.lora.init}')
+  key = jax.random.key(spec.seed)
+  frozen, trainable = load_halves(key, base, spec.lora, spec.quant, dtype)
+  initial = None
+  if spec.lora.changes_base:  # the first step takes the arrays themselves
+    initial = jax.tree.map(np.array, trainable)
   tx = make_optimizer(spec.optim, steps, trainable)
   state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
   frozen, state = jax.device_put((frozen, state), replicated(mesh))
@@ -134,6 +147,8 @@ def build(spec: RunSpec, console: Console) -> Job:
     return jax.device_put(batch, by_example(mesh))
 
   compiled = step.lower(state, frozen, place(loader.batch(0))).compile()
+  shapes = families.shapes(base.config, dtype)
+  description = describe(shapes, spec.lora, quant=spec.quant)
   return Job(
     spec=spec,
     base=base,
@@ -149,13 +164,15 @@ def build(spec: RunSpec, console: Console) -> Job:
     steps=steps,
     frozen=frozen,
     state=state,
+    initial=initial,
     step=compiled,
     evaluate=make_evaluation(loss_fn, mesh),
     apply=lift(Decoder(base.config, dtype=dtype).apply),
     dtype=dtype,
     schedule=make_schedule(spec.optim, steps),
     place=place,
-    footprint=measure(frozen, state, compiled),
+    description=description,
+    footprint=measure(frozen, state, compiled, trained=description.parameters),
   )
 
 
@@ -178,22 +195,14 @@ def resolve(spec: RunSpec, base: Base) -> RunSpec:
     )
   quant = spec.quant and families.resolve(spec.quant, base.config)
   lora = families.resolve(spec.lora, base.config)
-  shapes = {
-    weight.path: jax.ShapeDtypeStruct(weight.shape, jnp.float32)
-    for weight in families.weights(base.config)
-  }
-  if lora.changes_base:
-    raise ConfigError(
-      f'lora.init {lora.init!r} takes a part out of the base, which a run'
-      " cannot rebuild yet; use 'lora' or 'gaussian', or jlora.partition in"
-      ' Python'
-    )
+  shapes = families.shapes(base.config)
   whole = make_plan(shapes, lora).full
   if quant is not None and set(whole) == set(shapes):
     raise ConfigError(
       'quant is set, but lora.train_full takes every leaf, so there is nothing'
       ' to quantize; set quant to None, as experiments/full.py does'
     )
+  partition(jax.random.key(0), nest(shapes), lora, quant=quant)  # or refuses
   return dataclasses.replace(spec, lora=lora, quant=quant)
 
 
@@ -250,14 +259,6 @@ def _count_steps(spec: RunSpec, loader: Loader) -> int:
   if spec.train.steps is not None:
     return spec.train.steps
   return loader.steps_in(spec.train.epochs)
-
-
-def _split(spec: RunSpec, base: Base, dtype: Any) -> tuple[Any, Any]:
-  """Returns the frozen half, quantized while it was read, and the other."""
-  paths = [weight.path for weight in families.weights(base.config)]
-  whole = matching(spec.lora.train_full, paths)
-  params = load_params(base, spec.quant, dtype, whole=whole)
-  return partition(jax.random.key(spec.seed), params, spec.lora)
 
 
 def _head_is_frozen(trainable: Any, base: Base) -> bool:

@@ -47,6 +47,7 @@ def train(
     if _is_complete(spec, folder, checkpoints, console):
       return True
     job = build(spec, console)
+    console.print(str(job.description), markup=False)
     show_table(console, 'one training step', job.footprint.rows())
     progress, metrics = _start(spec, job, folder, checkpoints, console)
     if not _advance(job, folder, checkpoints, progress, metrics, console):

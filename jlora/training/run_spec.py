@@ -180,9 +180,15 @@ class RunSpec:
   seed: int = 0
 
   def __post_init__(self) -> None:
-    """Checks the seed."""
+    """Checks the seed, and what one section needs of another."""
     if not 0 <= self.seed < 1 << 32:
       raise ConfigError(f'seed is {self.seed}; it must be in [0, 2^32)')
+
+    if self.lora.init == 'loftq' and self.quant is None:
+      raise ConfigError(
+        "lora.init 'loftq' starts from the error of quantization, and quant is"
+        " None; start from experiments/qlora.py, or use 'pissa'"
+      )
 
   @property
   def is_adapter(self) -> bool:

@@ -32,6 +32,10 @@ def like(tree, seed):
   )
 
 
+def is_shape(x):
+  return isinstance(x, tuple)
+
+
 def values(spec, steps, count=None):
   schedule = make_schedule(spec, steps)
   return np.array([float(schedule(i)) for i in range(count or steps)])
@@ -199,3 +203,45 @@ def test_lora_plus_trains_b_faster_and_nothing_else():
   plain, faster = updates
   np.testing.assert_array_equal(faster['a'], plain['a'])
   np.testing.assert_array_equal(faster['b'], 16 * plain['b'])
+
+
+@pytest.mark.parametrize('quant', [None, jlora.QuantSpec()])
+def test_adam_does_not_see_how_a_scale_is_shared_between_a_and_b(quant):
+  """With powers of two, the two runs agree bit for bit.
+
+  s / (p q), p a and q b make the same update of a kernel, and Adam without eps
+  moves a factor by its learning rate, whatever the scale of its gradient.
+  """
+  shapes = {'up': {'kernel': (64, 96)}, 'down': {'kernel': (96, 64)}}
+  params = like(jax.tree.map(jnp.empty, shapes, is_leaf=is_shape), 0)
+  x = like(jnp.empty((5, 64)), 1)
+  key, p, q = jax.random.key(0), 4.0, 0.5
+
+  def losses(alpha, start, rates):
+    spec = jlora.LoraSpec(rank=4, alpha=alpha)
+    frozen, trainable = jlora.partition(key, params, spec, quant=quant)
+    groups = jlora.labels(trainable)
+    trainable = jax.tree.map(lambda x, name: x * start[name], trainable, groups)
+    adam = {name: optax.adam(rates[name], eps=1e-30) for name in rates}
+    tx = optax.partition(adam, groups)
+
+    @jlora.lift
+    def loss(params):
+      h = jnp.tanh(x @ params['up']['kernel'] / 8) @ params['down']['kernel']
+      return jnp.mean(jnp.square(h - 1))
+
+    def step(state, _):
+      trainable, opt_state = state
+      value, grads = jax.value_and_grad(
+        lambda trainable: loss(jlora.combine(frozen, trainable, spec))
+      )(trainable)
+      updates, opt_state = tx.update(grads, opt_state)
+      return (optax.apply_updates(trainable, updates), opt_state), value
+
+    state = trainable, tx.init(trainable)
+    return jax.lax.scan(step, state, length=5)[1].tolist()
+
+  plain = losses(8.0, {'a': 1, 'b': 1}, {'a': 1e-2, 'b': 1e-2})
+  shared = losses(8.0 / p / q, {'a': p, 'b': 1}, {'a': p / 100, 'b': q / 100})
+  assert plain == shared
+  assert plain == sorted(set(plain), reverse=True)

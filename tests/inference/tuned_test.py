@@ -1,0 +1,94 @@
+"""Adapters that began as a part of the base, put on that base again."""
+
+import dataclasses
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.checkpoints.bases import open_base
+from jlora.checkpoints.peft import save_adapter
+from jlora.checkpoints.placement import load_halves
+from jlora.errors import AdapterError
+from jlora.inference.tuned import load_tuned
+from jlora.models import families
+
+
+@pytest.fixture(scope='module')
+def make_adapter(tiny_base, tmp_path_factory):
+  """Writes an adapter as a run does; returns both halves and the folder."""
+
+  def make(init, quant, **fields):
+    base = open_base(str(tiny_base))
+    spec = jlora.LoraSpec(rank=4, alpha=6.0, init=init, **fields)
+    spec = families.resolve(spec, base.config)
+    quant = quant and families.resolve(quant, base.config)
+    halves = load_halves(jax.random.key(0), base, spec, quant, jnp.float32)
+    frozen, initial = halves
+    random = np.random.default_rng(1)
+    trained = jax.tree.map(
+      lambda x: x * np.asarray(random.uniform(0.9, 1.1, x.shape), 'f4'), initial
+    )
+    folder = tmp_path_factory.mktemp('adapter') / 'adapter'
+    metadata = {
+      'base_sha256': base.sha256,
+      'quantization': quant and dataclasses.asdict(quant),
+    }
+    save_adapter(
+      folder,
+      trained,
+      spec,
+      base.config,
+      base_name=base.name,
+      metadata=metadata,
+      initial=initial,
+    )
+    return (frozen, trained, spec), folder
+
+  return make
+
+
+@pytest.mark.parametrize(
+  ('init', 'quant', 'fields'),
+  [
+    ('lora', True, {'variant': 'dora'}),
+    ('pissa', True, {'train_full': ('.*norm/scale',)}),
+    ('pissa', False, {'variant': 'dora'}),
+    ('olora', True, {'rank_pattern': (('layers/1/.*', 2),)}),
+    ('loftq', True, {'targets': 'mlp'}),
+  ],
+)
+def test_both_halves_are_those_of_training(
+  make_adapter, tiny_base, init, quant, fields
+):
+  quant = jlora.QuantSpec() if quant else None
+  (frozen, trained, spec), folder = make_adapter(init, quant, **fields)
+  tuned = load_tuned(str(tiny_base), folder, dtype='float32')
+  chex.assert_trees_all_equal(tuned.frozen, frozen)
+  chex.assert_trees_all_equal(tuned.trainable, trained)
+  assert tuned.spec.changes_base == spec.changes_base
+
+
+def test_on_an_unknown_base_it_is_plain_lora_of_twice_the_rank(
+  make_adapter, tiny_base
+):
+  halves, folder = make_adapter('pissa', None)
+  (folder / 'jlora_metadata.json').unlink()
+  with pytest.warns(UserWarning, match='not known to belong'):
+    tuned = load_tuned(str(tiny_base), folder, dtype='float32')
+  assert tuned.spec.rank == 8
+  chex.assert_trees_all_close(
+    tuned.dense('float32'), jlora.merge(*halves), atol=1e-5
+  )
+
+
+def test_another_start_is_refused(make_adapter, tiny_base, monkeypatch):
+  _, folder = make_adapter('olora', None)
+  from jlora.core import initializers
+
+  monkeypatch.setattr(initializers, 'olora', initializers.pissa)
+  with pytest.raises(AdapterError, match=r"'olora' starts .*% away"):
+    load_tuned(str(tiny_base), folder, dtype='float32')
