@@ -4,7 +4,7 @@ r"""What a lifted model costs, beside merging and beside LoRA written by hand.
 
 Prints floating-point operations of all matrix products and the scratch memory,
 for the loss and its gradient with respect to the adapters, as a table. Nothing
-is run but the compiler.
+is run but the compiler: a minute on two CPU cores. The README has the result.
 """
 
 import dataclasses
