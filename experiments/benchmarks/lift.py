@@ -119,15 +119,15 @@ def _inner(equation: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
 def main() -> None:
   """Prints the table."""
   columns = [f'{unit}, {way}' for unit in ('GFLOP', 'MB') for way in WAYS]
-  print('|', ' | '.join(['model', '', *columns]), '|')
-  print('| --- | --- |', ' | '.join(['---:'] * len(columns)), '|')
+  print('| |', ' | '.join(columns), '|')
+  print('| --- |', ' | '.join(['---:'] * len(columns)), '|')
   for name, make in MODELS.items():
     for quantized in (False, True):
       steps = [make_step(make, way, quantized=quantized) for way in WAYS]
       figures = [step.flops() / 1e9 for step in steps]
       figures += [temp_of(step.compile()) / 1e6 for step in steps]
       method = 'QLoRA' if quantized else 'LoRA'
-      row = [name, method, *(f'{figure:.1f}' for figure in figures)]
+      row = [f'{name}, {method}', *(f'{figure:.1f}' for figure in figures)]
       print('|', ' | '.join(row), '|', flush=True)
 
 
