@@ -126,12 +126,9 @@ def linear(
     [..., out]. Derivatives exist for `x`, `branch`, `a` and `b`, in reverse
     mode only.
   """
-  rows = functools.partial(jnp.reshape, shape=(-1, x.shape[-1]))
   out = jnp.dtype(dtype or x.dtype)
   settings = Settings(x.dtype, out, precision, transposed)
-  branch = branch if branch is None else rows(branch)
-  y = _linear(settings, rows(x), kernel, adapter, branch)
-  return y.reshape(*x.shape[:-1], y.shape[-1])
+  return _linear(settings, x, kernel, adapter, branch)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -152,42 +149,58 @@ def _forward(
   adapter: Adapter | None,
   branch: jax.Array | None,
 ) -> tuple[jax.Array, Any]:
-  x = jax.lax.optimization_barrier(x)
+  # The barrier is for the products alone. What is kept is `x` itself, so that
+  # kernels with the same input keep it once between them.
+  rows = jax.lax.optimization_barrier(_rows(x))
   dense = _dense(kernel, settings.transposed)
-  y = _dot(x, dense, settings.dtype, settings.precision)
+  y = _dot(rows, dense, settings.dtype, settings.precision)
   if adapter is None:
-    return y, (kernel, None, None, None)
-  read = x if branch is None else branch
-  low = _dot(read, adapter.a.astype(x.dtype))
+    return _unrows(y, x), (kernel, None, None, None)
+  separate = branch is not None
+  read, rows = (branch, _rows(branch)) if separate else (x, rows)
+  low = _dot(rows, adapter.a.astype(x.dtype))
   b = adapter.b.astype(x.dtype).astype(jnp.float32)
   y = y + (adapter.scale * _dot(low, b)).astype(settings.dtype)
-  separate = branch is not None
-  return y, (kernel, adapter, (read, low), separate)
+  return _unrows(y, x), (kernel, adapter, (read, low), separate)
 
 
 def _backward(settings: Settings, saved: Any, g: jax.Array) -> tuple[Any, ...]:
   kernel, adapter, reads, separate = saved
   # Decode the codes again: the barrier keeps a compiler from sharing the
   # forward pass's dense kernel with this second use, which would keep it alive.
-  g, kernel = jax.lax.optimization_barrier((g, kernel))
+  rows, kernel = jax.lax.optimization_barrier((_rows(g), kernel))
   dense = _dense(kernel, not settings.transposed)
-  dx = _dot(g, dense, settings.x_dtype, settings.precision)
+  dx = _dot(rows, dense, settings.x_dtype, settings.precision)
   if adapter is None:
-    return jax.lax.optimization_barrier(dx), None, None, None
+    dx = jax.lax.optimization_barrier(dx)
+    return _unrows(dx, g), None, None, None
   read, low = reads
+  rows = rows.astype(jnp.float32)
   b = adapter.b.astype(settings.x_dtype).astype(jnp.float32)
-  low_g = adapter.scale * _dot(g.astype(jnp.float32), b.T)
-  db = adapter.scale * _dot(low.T, g.astype(jnp.float32))
-  da = _dot(read.astype(jnp.float32).T, low_g)
+  low_g = adapter.scale * _dot(rows, b.T)
+  db = adapter.scale * _dot(low.T, rows)
+  da = _dot(_rows(read).astype(jnp.float32).T, low_g)
   a = adapter.a.astype(settings.x_dtype).astype(jnp.float32)
   dread = _dot(low_g, a.T).astype(read.dtype)
-  if not separate:
+  if separate:
+    dread = _unrows(dread, g)
+  else:
     dx, dread = dx + dread, None
-  dx = jax.lax.optimization_barrier(dx)
+  dx = _unrows(jax.lax.optimization_barrier(dx), g)
   return dx, None, Adapter(da, db, None), dread
 
 
 _linear.defvjp(_forward, _backward)
+
+
+def _rows(x: jax.Array) -> jax.Array:
+  """Returns [..., n] as [rows, n]."""
+  return x.reshape(-1, x.shape[-1])
+
+
+def _unrows(rows: jax.Array, like: jax.Array) -> jax.Array:
+  """Returns [rows, n] as [..., n], the leading axes being those of `like`."""
+  return rows.reshape(*like.shape[:-1], rows.shape[-1])
 
 
 def _dense(kernel: Kernel, transposed: bool) -> jax.Array:
