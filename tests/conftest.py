@@ -1,6 +1,7 @@
 """Settings of every test, and a tiny base and data for whole commands."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -23,6 +24,16 @@ TEMPLATE = (
   '<|im_end|>\n{% endfor %}'
   '{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}'
 )
+
+
+@pytest.fixture(scope='session')
+def quick_jit():
+  """`jax.jit` without XLA's optimizations, for what runs only once or twice."""
+  options = {
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  }
+  return functools.partial(jax.jit, compiler_options=options)
 
 
 @pytest.fixture(scope='session')

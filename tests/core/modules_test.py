@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import equinox
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,6 @@ from jlora.core import tree
 from jlora.core.axes import array_axes, roles_of
 
 KEY = jax.random.key(0)
-# XLA's optimizations take half of the time here, and are not what is tested.
-QUICK = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 
 
 def filled(shapes):
@@ -186,7 +182,6 @@ def one_layer(x, layer):
 
 @later
 def of_equinox(make, inputs, roles, call):
-  equinox = pytest.importorskip('equinox')
   model = equinox.filter_eval_shape(make, equinox.nn)
   shapes, static = equinox.partition(model, lambda leaf: hasattr(leaf, 'shape'))
 
@@ -381,19 +376,21 @@ UNCOVERED = {
 }
 
 
-@functools.cache
-def build(name):
+@pytest.fixture(scope='module')
+def build(quick_jit):
   """Returns a case, its specs, and its loss through merge, compiled."""
-  case = {**CASES, **UNCOVERED}[name]()
-  axes = jlora.infer_axes(case.apply, case.params, *case.inputs)
-  fields = {'targets': tuple(map(re.escape, case.roles)), 'axes': axes}
-  spec = jlora.LoraSpec(rank=2, alpha=3.0, **fields)
-  quant = jlora.QuantSpec(block_size=4, **fields)
-  return case, spec, quant, jit(value_and_grad(case.apply, jlora.merge, spec))
 
+  @functools.cache
+  def make(name):
+    case = {**CASES, **UNCOVERED}[name]()
+    axes = jlora.infer_axes(case.apply, case.params, *case.inputs)
+    fields = {'targets': tuple(map(re.escape, case.roles)), 'axes': axes}
+    spec = jlora.LoraSpec(rank=2, alpha=3.0, **fields)
+    quant = jlora.QuantSpec(block_size=4, **fields)
+    merged = value_and_grad(case.apply, jlora.merge, spec)
+    return case, spec, quant, quick_jit(merged)
 
-def jit(fn):
-  return jax.jit(fn, compiler_options=QUICK)
+  return make
 
 
 def value_and_grad(apply, join, spec):
@@ -414,7 +411,7 @@ def letters_of(roles):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_infer_axes_reads_what_each_axis_is_for(name):
+def test_infer_axes_reads_what_each_axis_is_for(name, build):
   case, spec, *_ = build(name)
   leaves = tree.leaves_by_path(case.params)
   found = {
@@ -440,14 +437,16 @@ def assert_near(ours, theirs):
 
 @pytest.mark.parametrize('quantized', [False, True], ids=['plain', 'nf4'])
 @pytest.mark.parametrize('name', CASES)
-def test_lifted_equals_merged_in_value_and_gradient(name, quantized):
+def test_lifted_equals_merged_in_value_and_gradient(
+  name, quantized, build, quick_jit
+):
   case, spec, quant, merged = build(name)
   shapes = jax.eval_shape(lambda x: x, case.params)
   _, trainable = jlora.partition(KEY, shapes, spec)
   trainable = filled(trainable)
   lifted = jlora.lift(case.apply, on_missing='error')
 
-  @jit
+  @quick_jit
   def run(trainable, inputs, params):
     frozen = jlora.quantize(params, quant) if quantized else params
     ours = value_and_grad(lifted, jlora.combine, spec)
@@ -458,12 +457,14 @@ def test_lifted_equals_merged_in_value_and_gradient(name, quantized):
 
 
 @pytest.mark.parametrize('operation', UNCOVERED)
-def test_what_no_rule_covers_is_merged_and_named(operation):
+def test_what_no_rule_covers_is_merged_and_named(operation, build, quick_jit):
   case, spec, _, merged = build(operation)
   shapes = jax.eval_shape(lambda x: x, case.params)
   _, trainable = jlora.partition(KEY, shapes, spec)
   args = (filled(trainable), case.inputs, case.params)
-  lifted = jit(value_and_grad(jlora.lift(case.apply), jlora.combine, spec))
+  lifted = quick_jit(
+    value_and_grad(jlora.lift(case.apply), jlora.combine, spec)
+  )
   (path,) = case.roles
   with pytest.warns(UserWarning, match=f"'{operation}'.*'0/{path}'"):
     assert_near(lifted(*args), merged(*args))
@@ -494,7 +495,7 @@ class WithState(nnx.Module):
     return self.dropout(self.norm(self.conv(x)))
 
 
-def test_an_nnx_model_gives_its_new_state_back():
+def test_an_nnx_model_gives_its_new_state_back(quick_jit):
   graphdef, state, rest = nnx.split(WithState(nnx.Rngs(0)), nnx.Param, ...)
   params = nnx.to_pure_dict(state)
 
@@ -509,7 +510,7 @@ def test_an_nnx_model_gives_its_new_state_back():
   frozen, trainable = jlora.partition(KEY, params, spec)
   lifted = jlora.lift(apply, on_missing='error')
 
-  @jit
+  @quick_jit
   def both(trainable, rest):
     lazy = jlora.combine(frozen, trainable, spec)
     merged = jlora.merge(frozen, trainable, spec)
