@@ -423,22 +423,10 @@ def test_infer_axes_reads_what_each_axis_is_for(name, build):
     assert any(re.fullmatch(pattern, path) for path in case.roles), pattern
 
 
-def assert_near(ours, theirs):
-  """Within 1e-5 of each leaf's norm, which is 80 ulp of float32."""
-
-  def check(mine, oracle):
-    if oracle.dtype != jax.dtypes.float0:  # the gradient of ids
-      assert np.any(oracle)
-      difference = np.linalg.norm(np.asarray(mine) - np.asarray(oracle))
-      assert difference <= 1e-5 * np.linalg.norm(oracle)
-
-  jax.tree.map(check, ours, theirs)
-
-
 @pytest.mark.parametrize('quantized', [False, True], ids=['plain', 'nf4'])
 @pytest.mark.parametrize('name', CASES)
 def test_lifted_equals_merged_in_value_and_gradient(
-  name, quantized, build, quick_jit
+  name, quantized, build, quick_jit, assert_near
 ):
   case, spec, quant, merged = build(name)
   shapes = jax.eval_shape(lambda x: x, case.params)
@@ -457,7 +445,9 @@ def test_lifted_equals_merged_in_value_and_gradient(
 
 
 @pytest.mark.parametrize('operation', UNCOVERED)
-def test_what_no_rule_covers_is_merged_and_named(operation, build, quick_jit):
+def test_what_no_rule_covers_is_merged_and_named(
+  operation, build, quick_jit, assert_near
+):
   case, spec, _, merged = build(operation)
   shapes = jax.eval_shape(lambda x: x, case.params)
   _, trainable = jlora.partition(KEY, shapes, spec)
@@ -470,7 +460,7 @@ def test_what_no_rule_covers_is_merged_and_named(operation, build, quick_jit):
     assert_near(lifted(*args), merged(*args))
 
 
-def test_a_layer_that_a_scan_carries_on_is_merged():
+def test_a_layer_that_a_scan_carries_on_is_merged(assert_near):
   def fn(params, x):
     def turn(before, kernel):
       return kernel, x @ before
@@ -495,7 +485,7 @@ class WithState(nnx.Module):
     return self.dropout(self.norm(self.conv(x)))
 
 
-def test_an_nnx_model_gives_its_new_state_back(quick_jit):
+def test_an_nnx_model_gives_its_new_state_back(quick_jit, assert_near):
   graphdef, state, rest = nnx.split(WithState(nnx.Rngs(0)), nnx.Param, ...)
   params = nnx.to_pure_dict(state)
 
