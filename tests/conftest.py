@@ -1,6 +1,7 @@
 """Settings of every test, and a tiny base and data for whole commands."""
 
 import dataclasses
+import functools
 import json
 import os
 import pathlib
@@ -34,6 +35,29 @@ def pytest_collection_modifyitems(items):
   for item in items:
     group = 'commands' if 'commands' in item.fixturenames else item.path.stem
     item.add_marker(pytest.mark.xdist_group(group))
+
+
+@pytest.fixture(scope='session')
+def quick_jit():
+  """`jax.jit` without XLA's optimizations, for what runs only once or twice."""
+  options = {
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  }
+  return functools.partial(jax.jit, compiler_options=options)
+
+
+@pytest.fixture(scope='session')
+def assert_near():
+  """Checks each leaf within 1e-5 of its norm, which is 80 ulp of float32."""
+
+  def check(mine, oracle):
+    if oracle.dtype != jax.dtypes.float0:  # the gradient of ids
+      assert np.any(oracle)
+      difference = np.linalg.norm(np.asarray(mine) - np.asarray(oracle))
+      assert difference <= 1e-5 * np.linalg.norm(oracle)
+
+  return functools.partial(jax.tree.map, check)
 
 
 @pytest.fixture(scope='session')

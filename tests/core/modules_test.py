@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import equinox
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,11 +19,6 @@ from jlora.core import tree
 from jlora.core.axes import array_axes, roles_of
 
 KEY = jax.random.key(0)
-# XLA's optimizations take half of the time here, and are not what is tested.
-QUICK = {
-  'xla_backend_optimization_level': 0,
-  'xla_llvm_disable_expensive_passes': True,
-}
 
 
 def filled(shapes):
@@ -186,7 +182,6 @@ def one_layer(x, layer):
 
 @later
 def of_equinox(make, inputs, roles, call):
-  equinox = pytest.importorskip('equinox')
   model = equinox.filter_eval_shape(make, equinox.nn)
   shapes, static = equinox.partition(model, lambda leaf: hasattr(leaf, 'shape'))
 
@@ -381,19 +376,21 @@ UNCOVERED = {
 }
 
 
-@functools.cache
-def build(name):
+@pytest.fixture(scope='module')
+def build(quick_jit):
   """Returns a case, its specs, and its loss through merge, compiled."""
-  case = {**CASES, **UNCOVERED}[name]()
-  axes = jlora.infer_axes(case.apply, case.params, *case.inputs)
-  fields = {'targets': tuple(map(re.escape, case.roles)), 'axes': axes}
-  spec = jlora.LoraSpec(rank=2, alpha=3.0, **fields)
-  quant = jlora.QuantSpec(block_size=4, **fields)
-  return case, spec, quant, jit(value_and_grad(case.apply, jlora.merge, spec))
 
+  @functools.cache
+  def make(name):
+    case = {**CASES, **UNCOVERED}[name]()
+    axes = jlora.infer_axes(case.apply, case.params, *case.inputs)
+    fields = {'targets': tuple(map(re.escape, case.roles)), 'axes': axes}
+    spec = jlora.LoraSpec(rank=2, alpha=3.0, **fields)
+    quant = jlora.QuantSpec(block_size=4, **fields)
+    merged = value_and_grad(case.apply, jlora.merge, spec)
+    return case, spec, quant, quick_jit(merged)
 
-def jit(fn):
-  return jax.jit(fn, compiler_options=QUICK)
+  return make
 
 
 def value_and_grad(apply, join, spec):
@@ -414,7 +411,7 @@ def letters_of(roles):
 
 
 @pytest.mark.parametrize('name', CASES)
-def test_infer_axes_reads_what_each_axis_is_for(name):
+def test_infer_axes_reads_what_each_axis_is_for(name, build):
   case, spec, *_ = build(name)
   leaves = tree.leaves_by_path(case.params)
   found = {
@@ -426,28 +423,18 @@ def test_infer_axes_reads_what_each_axis_is_for(name):
     assert any(re.fullmatch(pattern, path) for path in case.roles), pattern
 
 
-def assert_near(ours, theirs):
-  """Within 1e-5 of each leaf's norm, which is 80 ulp of float32."""
-
-  def check(mine, oracle):
-    if oracle.dtype != jax.dtypes.float0:  # the gradient of ids
-      assert np.any(oracle)
-      difference = np.linalg.norm(np.asarray(mine) - np.asarray(oracle))
-      assert difference <= 1e-5 * np.linalg.norm(oracle)
-
-  jax.tree.map(check, ours, theirs)
-
-
 @pytest.mark.parametrize('quantized', [False, True], ids=['plain', 'nf4'])
 @pytest.mark.parametrize('name', CASES)
-def test_lifted_equals_merged_in_value_and_gradient(name, quantized):
+def test_lifted_equals_merged_in_value_and_gradient(
+  name, quantized, build, quick_jit, assert_near
+):
   case, spec, quant, merged = build(name)
   shapes = jax.eval_shape(lambda x: x, case.params)
   _, trainable = jlora.partition(KEY, shapes, spec)
   trainable = filled(trainable)
   lifted = jlora.lift(case.apply, on_missing='error')
 
-  @jit
+  @quick_jit
   def run(trainable, inputs, params):
     frozen = jlora.quantize(params, quant) if quantized else params
     ours = value_and_grad(lifted, jlora.combine, spec)
@@ -458,18 +445,22 @@ def test_lifted_equals_merged_in_value_and_gradient(name, quantized):
 
 
 @pytest.mark.parametrize('operation', UNCOVERED)
-def test_what_no_rule_covers_is_merged_and_named(operation):
+def test_what_no_rule_covers_is_merged_and_named(
+  operation, build, quick_jit, assert_near
+):
   case, spec, _, merged = build(operation)
   shapes = jax.eval_shape(lambda x: x, case.params)
   _, trainable = jlora.partition(KEY, shapes, spec)
   args = (filled(trainable), case.inputs, case.params)
-  lifted = jit(value_and_grad(jlora.lift(case.apply), jlora.combine, spec))
+  lifted = quick_jit(
+    value_and_grad(jlora.lift(case.apply), jlora.combine, spec)
+  )
   (path,) = case.roles
   with pytest.warns(UserWarning, match=f"'{operation}'.*'0/{path}'"):
     assert_near(lifted(*args), merged(*args))
 
 
-def test_a_layer_that_a_scan_carries_on_is_merged():
+def test_a_layer_that_a_scan_carries_on_is_merged(assert_near):
   def fn(params, x):
     def turn(before, kernel):
       return kernel, x @ before
@@ -494,7 +485,7 @@ class WithState(nnx.Module):
     return self.dropout(self.norm(self.conv(x)))
 
 
-def test_an_nnx_model_gives_its_new_state_back():
+def test_an_nnx_model_gives_its_new_state_back(quick_jit, assert_near):
   graphdef, state, rest = nnx.split(WithState(nnx.Rngs(0)), nnx.Param, ...)
   params = nnx.to_pure_dict(state)
 
@@ -509,7 +500,7 @@ def test_an_nnx_model_gives_its_new_state_back():
   frozen, trainable = jlora.partition(KEY, params, spec)
   lifted = jlora.lift(apply, on_missing='error')
 
-  @jit
+  @quick_jit
   def both(trainable, rest):
     lazy = jlora.combine(frozen, trainable, spec)
     merged = jlora.merge(frozen, trainable, spec)

@@ -4,10 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-pytestmark = [
-  pytest.mark.foreign,
-  pytest.mark.filterwarnings('ignore::DeprecationWarning'),
-]
+pytestmark = pytest.mark.foreign
 
 TOKENS = jax.random.randint(jax.random.key(1), (2, 8), 1, 48)
 SIZES = {
@@ -59,7 +56,8 @@ def member(request):
 
 @pytest.fixture(scope='module')
 def tuned(member, tune, cross_entropy):
-  gm = pytest.importorskip('gemma.gm')
+  from gemma import gm
+
   kinds = gm.nn.AttentionType
   config = gm.nn.config.TransformerConfig(
     attention_types=(kinds.LOCAL_SLIDING, kinds.GLOBAL), **SIZES, **member[0]
@@ -79,6 +77,10 @@ def test_three_steps_lower_the_loss(tuned):
 
 def test_lifted_equals_merged(tuned, assert_lifted_equals_merged):
   assert_lifted_equals_merged(tuned, TOKENS)
+
+
+def test_every_kernel_is_in_4_bits(tuned, assert_kernels_are_in_4_bits):
+  assert_kernels_are_in_4_bits(tuned)
 
 
 def test_every_kernel_is_found(tuned, member, roles):

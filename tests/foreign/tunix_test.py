@@ -8,6 +8,7 @@ from flax import nnx
 
 pytestmark = [
   pytest.mark.foreign,
+  # The package uses what JAX and Flax are about to drop.
   pytest.mark.filterwarnings('ignore::DeprecationWarning'),
 ]
 
@@ -23,8 +24,6 @@ SIZES = {
   'rope_theta': 10_000,
   'norm_eps': 1e-5,
 }
-
-
 HEADS = {
   'attn/q_proj/w': 'in -> out out_1',
   'attn/k_proj/w': 'in -> out out_1',
@@ -36,7 +35,8 @@ MLP = ('gate_proj', 'up_proj', 'down_proj')
 
 def llama():
   """Its output head is the embedding; layers are rematerialized."""
-  llama3 = pytest.importorskip('tunix.models.llama3.model')
+  from tunix.models.llama3 import model as llama3
+
   config = llama3.ModelConfig(
     **SIZES, weight_tying=True, remat_config=llama3.RematConfig.DECODER
   )
@@ -45,7 +45,8 @@ def llama():
 
 def qwen():
   """Its MLPs are experts, two of which see each token."""
-  qwen3 = pytest.importorskip('tunix.models.qwen3.model')
+  from tunix.models.qwen3 import model as qwen3
+
   config = qwen3.ModelConfig(**SIZES, num_experts=3, num_experts_per_tok=2)
   return qwen3.Qwen3(config, rngs=nnx.Rngs(0))
 
@@ -105,6 +106,10 @@ def test_three_steps_lower_the_loss(tuned):
 
 def test_lifted_equals_merged(tuned, assert_lifted_equals_merged):
   assert_lifted_equals_merged(tuned, TOKENS)
+
+
+def test_every_kernel_is_in_4_bits(tuned, assert_kernels_are_in_4_bits):
+  assert_kernels_are_in_4_bits(tuned)
 
 
 def test_every_kernel_is_found(make, tuned, roles):
