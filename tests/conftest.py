@@ -29,11 +29,12 @@ TEMPLATE = (
 def pytest_collection_modifyitems(items):
   """Keeps together, on one of several workers, what shares a fixture.
 
-  All commands go into one group, for they share a run and compiled programs;
-  the other tests go by file.
+  Files with commands go into one group, for they share a run and compiled
+  programs; each of the others is its own.
   """
+  shared = {item.path for item in items if 'commands' in item.fixturenames}
   for item in items:
-    group = 'commands' if 'commands' in item.fixturenames else item.path.stem
+    group = 'commands' if item.path in shared else item.path.stem
     item.add_marker(pytest.mark.xdist_group(group))
 
 

@@ -50,6 +50,7 @@ def world(monkeypatch):
       place=lambda batch: batch,
       step=functools.partial(_step, world),
       schedule=lambda step: spec.optim.learning_rate,
+      description='',
       footprint=types.SimpleNamespace(rows=lambda: []),
     )
     job.check_origin = functools.partial(Job.check_origin, job)
