@@ -1,12 +1,16 @@
+import pathlib
+
 import chex
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import jlora
-from jlora.checkpoints.bases import open_base
+from jlora.checkpoints.bases import DEFAULT_BASE, open_base
 from jlora.checkpoints.placement import load_frozen, load_halves
 from jlora.models import families
+from jlora.models.decoder import Decoder
 
 
 def test_leaves_quantized_as_they_arrive_equal_a_tree_quantized(tiny_base):
@@ -64,3 +68,24 @@ def test_what_an_init_leaves_takes_the_dtype_too(tiny_base):
   frozen, trainable = halves
   assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype('bfloat16')}
   assert {x.dtype for x in jax.tree.leaves(trainable)} == {jnp.dtype('f4')}
+
+
+@pytest.mark.slow
+def test_loftq_starts_with_less_of_a_real_base_lost_to_4_bits():
+  base = open_base(DEFAULT_BASE)
+  quant = families.resolve(jlora.QuantSpec(), base.config)
+  text = (pathlib.Path(__file__).parents[2] / 'README.md').read_text()
+  ids = base.tokenizer(text, return_tensors='np')['input_ids'][:, :1024]
+  apply = jlora.lift(Decoder(base.config).apply)
+
+  def loss(init):
+    spec = jlora.LoraSpec(rank=16, alpha=16.0, init=init)
+    spec = families.resolve(spec, base.config)
+    halves = load_halves(jax.random.key(0), base, spec, quant, jnp.float32)
+    logits = apply({'params': jlora.combine(*halves, spec)}, ids)
+    losses = optax.softmax_cross_entropy_with_integer_labels
+    return float(losses(logits[:, :-1], ids[:, 1:]).mean())
+
+  found = {init: loss(init) for init in ('lora', 'loftq')}
+  print(f'loss of the README: {found}')
+  assert found['loftq'] < found['lora']
