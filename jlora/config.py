@@ -39,6 +39,7 @@ _SECTIONS = {
   'log': LogSpec,
 }
 _TOP = [*_SECTIONS, 'base', 'seed']
+_BRACKETS = ('(', '[', '{')
 
 
 def default_config() -> ml_collections.ConfigDict:
@@ -164,6 +165,8 @@ def _section(name: str, kind: Any, fields: Any) -> Any:
     return kind(**values)
   except TypeError as error:
     missing = [f for f in known if f in str(error)]
+    if not missing:
+      raise
     raise ConfigError(
       f'config.{name} lacks {", ".join(missing)}; set it in the experiment'
     ) from error
@@ -174,7 +177,8 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
   kind = _plain(hint)
   if value is None or hint is Any:
     return value
-  if isinstance(value, str) and value[:1] in tuple('([{') and kind is not bool:
+  takes_tuple = 'tuple' in str(hint)
+  if takes_tuple and isinstance(value, str) and value.startswith(_BRACKETS):
     value = _literal(field, value)
   number = isinstance(value, int | float) and not isinstance(value, bool)
   whole = number and math.isfinite(value) and value == int(value)
@@ -182,24 +186,29 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
     return int(value)
   if kind in (bool, str) and isinstance(value, kind):
     return value
-  if 'tuple' in str(hint) and isinstance(value, tuple | list | dict):
+  if takes_tuple and isinstance(value, tuple | list | dict):
     return value
   if typing.get_origin(kind) is tuple and isinstance(value, str):
     return value
   if kind is float and number:
     return float(value)
   wanted = getattr(kind, '__name__', str(kind))
+  if takes_tuple:
+    wanted = "a list such as ['a', 'b'], or a dict such as {'PATTERN': VALUE}"
   raise ConfigError(f'config.{field} is {value!r}; it takes {wanted}')
 
 
 def _literal(field: str, text: str) -> Any:
-  """Reads a tuple or list that was given on the command line."""
+  """Reads a tuple, list or dict that was given on the command line."""
   try:
     return ast.literal_eval(text)
-  except (SyntaxError, ValueError) as error:
+  except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
     if field.endswith(('targets', 'exclude', 'train_full')):
       return text  # a regular expression that starts with a group
-    raise ConfigError(f'config.{field} is {text!r}: {error}') from error
+    raise ConfigError(
+      f'config.{field} is {text!r}, which cannot be read; write a list such as'
+      " ['a', 'b'], or a dict such as {'PATTERN': VALUE}"
+    ) from None
 
 
 def check_sources(spec: RunSpec) -> None:

@@ -27,12 +27,15 @@ def main() -> None:
 
   from rich.console import Console
 
+  from jlora.checkpoints.adapters import START_FILE
+  from jlora.checkpoints.starts import load_starts
   from jlora.training.evaluation import evaluate_both, load_trained
   from jlora.training.job import build
   from jlora.training.report import to_json
 
   console = Console(soft_wrap=True, highlight=False)
-  job = build(spec, console)
+  start = pathlib.Path(_RUN.value) / START_FILE
+  job = build(spec, console, load_starts(start) if start.is_file() else None)
   job.check_origin(runs.origin_of(_RUN.value))
   scores = evaluate_both(job, load_trained(job, result))
   for name, fields in scores.items():

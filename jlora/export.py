@@ -85,6 +85,7 @@ def _write_peft(tuned: 'Tuned', out: pathlib.Path) -> None:
     base_name=tuned.base.name,
     metadata=tuned.metadata,
     initial=tuned.initial,
+    starts=tuned.starts,
   )
 
 

@@ -194,6 +194,17 @@ def test_values_by_pattern_keep_their_order(value):
   assert spec.lora.rank_pattern == (('layers/[0-9]/.*', 8), ('.*/kernel', 4))
 
 
+@pytest.mark.parametrize('text', ["{'x'", '{[1]: 2}', "{'x'}", '[' * 500])
+def test_what_is_no_dict_says_how_to_write_one(text):
+  with pytest.raises(ConfigError, match=r"such as {'PATTERN': VALUE}$"):
+    resolve(lora={'rank_pattern': text})
+
+
+def test_text_may_begin_with_a_bracket():
+  name = '{x}.jsonl'
+  assert resolve(data={'train': name}).data.train == name
+
+
 def test_loftq_needs_quantization():
   with pytest.raises(ConfigError, match=r"'loftq' .* quant is None"):
     resolve(lora={'init': 'loftq'})

@@ -12,14 +12,17 @@ import numpy as np
 
 from jlora.checkpoints import folders
 from jlora.core import tree
+from jlora.core.initializers import Start
 from jlora.core.lazy import densify, is_lazy
 from jlora.core.lora import LoraSpec
-from jlora.errors import AdapterError
+from jlora.core.quantization import QuantSpec
+from jlora.errors import AdapterError, ConfigError
 from jlora.version import __version__
 
 CONFIG_FILE = 'adapter_config.json'
 TENSORS_FILE = 'adapter_model.safetensors'
 METADATA_FILE = 'jlora_metadata.json'
+START_FILE = 'jlora_start.safetensors'
 
 _LARGEST_JSON = 1 << 20  # bytes; a real one has a few kilobytes
 
@@ -35,12 +38,15 @@ class Adapter:
     metadata: What `jlora_metadata.json` says; empty where there is none.
     base_leaves: Leaves of the base by path that the files repeat, as PEFT does
       with an embedding that has a low-rank pair; see `check_base_leaves`.
+    starts: How the low-rank pairs started, by path, where the tensors alone do
+      not say it.
   """
 
   trainable: dict[str, Any]
   spec: LoraSpec
   metadata: dict[str, Any]
   base_leaves: dict[str, np.ndarray]
+  starts: Mapping[str, Start] = dataclasses.field(default_factory=dict)
 
 
 def check_base_leaves(adapter: Adapter, params: Any) -> None:
@@ -171,14 +177,54 @@ def load_metadata(folder: pathlib.Path) -> dict[str, Any]:
   digests = metadata.pop('digests', None)
   if not isinstance(digests, dict):
     raise AdapterError(f"{path} lacks the field 'digests'; it is not whole")
-  for name in (CONFIG_FILE, TENSORS_FILE):
-    found, expected = _sha256((folder / name).read_bytes()), digests.get(name)
+  for name in sorted({CONFIG_FILE, TENSORS_FILE, *digests}):
+    path = folder / pathlib.PurePath(name).name
+    if not path.is_file():
+      raise AdapterError(f'{path} is missing; restore it')
+    found, expected = _sha256(path.read_bytes()), digests.get(name)
     if found != expected:
       raise AdapterError(
         f'{folder / name} has sha256 {found}, but {expected} was written: it is'
         f' damaged; if it was changed on purpose, delete {METADATA_FILE}'
       )
   return metadata
+
+
+def trained_spec(metadata: Mapping[str, Any]) -> LoraSpec:
+  """Returns the spec that an adapter was trained with.
+
+  Args:
+    metadata: The adapter's; one that says nothing stands for plain LoRA.
+
+  Raises:
+    AdapterError: What it says is no spec.
+  """
+  return _spec(LoraSpec, metadata, 'lora', {}) or LoraSpec()
+
+
+def trained_quant(metadata: Mapping[str, Any]) -> QuantSpec | None:
+  """Returns how the base of an adapter was quantized; None for not at all.
+
+  Args:
+    metadata: The adapter's.
+
+  Raises:
+    AdapterError: What it says is no spec.
+  """
+  return _spec(QuantSpec, metadata, 'quantization', None)
+
+
+def _spec(kind: Any, metadata: Mapping[str, Any], field: str, none: Any) -> Any:
+  fields = metadata.get(field, none)
+  if fields == none:
+    return None
+  try:
+    return kind(**fields)
+  except (TypeError, ConfigError) as error:
+    raise AdapterError(
+      f'{METADATA_FILE} has {field}={fields!r:.80}, which is no'
+      f' {kind.__name__} ({error}); restore the file'
+    ) from error
 
 
 def to_json(fields: Mapping[str, Any]) -> bytes:

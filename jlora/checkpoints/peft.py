@@ -23,6 +23,7 @@ from jlora.checkpoints.peft_leaves import base_layouts, make_layouts
 from jlora.checkpoints.peft_modules import make_modules
 from jlora.checkpoints.peft_selection import select, spec_of
 from jlora.checkpoints.peft_tensors import load_tensors
+from jlora.checkpoints.starts import Starts, load_starts, to_bytes
 from jlora.core import tree
 from jlora.core.lora import LoraSpec
 from jlora.errors import AdapterError
@@ -38,6 +39,7 @@ def save_adapter(
   base_name: str,
   metadata: Mapping[str, Any],
   initial: Mapping[str, Any] | None = None,
+  starts: Starts | None = None,
 ) -> None:
   """Writes an adapter that `peft.PeftModel.from_pretrained` opens.
 
@@ -56,6 +58,8 @@ def save_adapter(
       the fields of `spec` under `lora`.
     initial: The low-rank pairs of `trainable` before training; needed where
       the init changed the base, and not used elsewhere.
+    starts: How they started, by path, from `load_halves`; with it, jlora takes
+      the same part out of the base again where the init was LoftQ.
 
   Raises:
     AdapterError: PEFT has no form for a leaf, a leaf does not fit the decoder
@@ -91,6 +95,8 @@ def save_adapter(
     adapters.CONFIG_FILE: adapters.to_json(fields),
     adapters.TENSORS_FILE: safetensors.numpy.save(tensors, {'format': 'pt'}),
   }
+  if spec.init == 'loftq' and starts:
+    files[adapters.START_FILE] = to_bytes(starts)
   metadata = {'lora': dataclasses.asdict(spec), **metadata}
   adapters.write_files(folder, files, metadata)
 
@@ -141,7 +147,7 @@ def load_adapter(
   selection = peft_config.load_selection(folder / adapters.CONFIG_FILE, base)
   layouts = make_layouts(selection, config, base)
   copies = base_layouts(layouts, base)
-  path = folder / adapters.TENSORS_FILE
+  path, start = folder / adapters.TENSORS_FILE, folder / adapters.START_FILE
   tensors = load_tensors(path, _shapes(layouts), _shapes(copies))
   nodes = {path: layout.read(tensors) for path, layout in layouts.items()}
   return Adapter(
@@ -153,6 +159,7 @@ def load_adapter(
       for path, copy in copies.items()
       if copy.tensor_shapes().keys() <= tensors.keys()
     },
+    starts=load_starts(start) if start.is_file() else {},
   )
 
 
@@ -177,12 +184,11 @@ def split_initial(
   Raises:
     AdapterError: The init did not change the base, or jlora did not write it.
   """
-  fields = adapter.metadata.get('lora')
-  spec = fields and LoraSpec(**fields)
-  if not (spec and spec.changes_base):
+  spec = adapters.trained_spec(adapter.metadata)
+  if not spec.changes_base:
     raise AdapterError(
-      f'the adapter says of its training {fields!r:.60}; only one with an init'
-      ' that changed the base has initial adapters'
+      f'the adapter started with init {spec.init!r}; only one with an init that'
+      ' changed the base has initial adapters'
     )
   layouts = make_layouts(select(spec, config), config, make_modules(config))
   nodes = _nodes(adapter.trainable, twice_the_rank(layouts))

@@ -5,8 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jlora.checkpoints.bases import Base
+from jlora.checkpoints.starts import Starts
+from jlora.core.initializers import Start
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
 from jlora.core.split import make_split, split_leaf
@@ -20,7 +23,9 @@ def load_halves(
   spec: LoraSpec | None,
   quant: QuantSpec | None,
   dtype: Any,
-) -> tuple[dict[str, Any], dict[str, Any]]:
+  *,
+  starts: Starts | None = None,
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Start]]:
   """Reads a base leaf by leaf and splits each one as it arrives.
 
   The dense form of a quantized leaf is dropped before the next is read. The
@@ -32,25 +37,32 @@ def load_halves(
     spec: What is trained, presets resolved; None for nothing.
     quant: What is quantized, presets resolved; None for nothing.
     dtype: Of the dense frozen leaves, and what the quantized ones compute in.
+    starts: How adapters that are a part of the base started before, by path;
+      None finds it.
 
   Returns:
-    The frozen and the trainable half of the decoder's params.
+    The frozen and the trainable half of the decoder's params, and how such
+    adapters started, on the host.
 
   Raises:
     ConfigError: The specs do not fit the base.
     BaseModelError: A tensor is damaged.
   """
   split = make_split(families.shapes(base.config), spec, quant)
-  trained = {}
+  starts = starts or {}
+  trained, found = {}, {}
 
   def place(path: str, leaf: Any) -> Any:
-    frozen, node = split_leaf(split, key, path, jnp.asarray(leaf), dtype=dtype)
-    if node:
-      trained[path] = node
-    return jax.block_until_ready(frozen)
+    start, leaf = starts.get(path), jnp.asarray(leaf)
+    half = split_leaf(split, key, path, leaf, dtype=dtype, start=start)
+    if half.trained:
+      trained[path] = half.trained
+    if half.start is not None:  # copies: training takes the arrays themselves
+      found[path] = jax.tree.map(np.array, half.start)
+    return jax.block_until_ready(half.frozen)
 
   frozen = base.load_params(place=place)
-  return frozen, nest(trained)
+  return frozen, nest(trained), found
 
 
 def load_frozen(

@@ -9,7 +9,11 @@ others make both factors from the kernel and take their product out of it:
     gaussian  N(0, 1 / rank^2)    0                   W
     pissa     U_r sqrt(S_r / s)   sqrt(S_r / s) V_r'  W - s a b; W = U S V'
     olora     R_r'                Q_r'                W - s a b; W' = Q R
-    loftq     as pissa, of W - q(W - s a b)           the last argument of q
+    loftq     as pissa, of W - q(W - s c d)           W - s c d, the turn before
+
+What is taken out is kept as factors, so that the frozen part can be had again
+without another decomposition: one rounded differently would quantize to other
+codes, and LoftQ's turns make more of such differences each time.
 
 References:
   Hu et al., `LoRA <https://arxiv.org/abs/2106.09685>`_;
@@ -39,13 +43,13 @@ class Start(NamedTuple):
   Attributes:
     a: float32 [*stacked, in, rank]; zero beyond the rank of a layer.
     b: float32 [*stacked, rank, out]; likewise.
-    residual: float32 [*stacked, in, out], what is frozen (and quantized)
-      instead of the kernel, or None where the kernel is.
+    taken: The factors that are taken out of the base, shaped like `a` and `b`;
+      None where they are `a` and `b`, or nothing is taken out.
   """
 
   a: jax.Array
   b: jax.Array
-  residual: jax.Array | None = None
+  taken: tuple[jax.Array, jax.Array] | None = None
 
 
 def start(
@@ -81,11 +85,6 @@ def start(
     raise ConfigError(
       f'lora.init {init!r} starts from the kernel, and there is none; pass'
       " dense parameters, or use init 'lora'"
-    )
-  if init == 'loftq' and round_trip is None:
-    raise ConfigError(
-      "lora.init 'loftq' starts from the error of quantization, so each kernel"
-      " it adapts needs quant; pass a QuantSpec that covers it, or use 'pissa'"
     )
   rules = {
     'pissa': pissa,
@@ -186,7 +185,7 @@ def pissa(
     residual is smoother than the kernel, so it loses less to 4 bits.
   """
   a, b, _ = _largest(kernel, rank, scale, width)
-  return Start(a, b, _take_out(kernel, a, b, scale))
+  return Start(a, b)
 
 
 def olora(
@@ -208,8 +207,7 @@ def olora(
   """
   basis, _ = jnp.linalg.qr(kernel[:width].T)
   b = jnp.where((jnp.arange(width) < rank)[:, None], basis.T, 0)
-  a = _product(kernel, b.T)
-  return Start(a, b, _take_out(kernel, a, b, scale))
+  return Start(_product(kernel, b.T), b)
 
 
 def loftq(
@@ -234,8 +232,8 @@ def loftq(
     iterations: Number of turns, one or more.
 
   Returns:
-    The factors, and as `residual` what q was applied to in the turn that is
-    kept: quantizing it gives Q.
+    The factors, and as `taken` those of the turn before the one that is kept:
+    quantizing what they leave gives Q.
 
   References:
     Li et al., `LoftQ <https://arxiv.org/abs/2310.08659>`_, algorithm 1.
@@ -244,17 +242,15 @@ def loftq(
   def turn(_: int, state: tuple[Start, Start, jax.Array]) -> tuple:
     last, best, least = state
     residual = _take_out(kernel, last.a, last.b, scale)
-    # The same bits go into q here and come out of this function.
-    residual = jax.lax.optimization_barrier(residual)
     lost = kernel - round_trip(residual).astype(jnp.float32)
     a, b, error = _largest(lost, rank, scale, width)
-    new, better = Start(a, b, residual), error < least
+    new, better = Start(a, b, (last.a, last.b)), error < least
     best = jax.tree.map(functools.partial(jnp.where, better), new, best)
     return new, best, jnp.where(better, error, least)
 
   a = jnp.zeros((kernel.shape[0], width), jnp.float32)
   b = jnp.zeros((width, kernel.shape[1]), jnp.float32)
-  zero = Start(a, b, kernel)
+  zero = Start(a, b, (a, b))
   state = (zero, zero, jnp.asarray(jnp.inf, jnp.float32))
   return jax.lax.fori_loop(0, iterations, turn, state)[1]
 
@@ -290,10 +286,36 @@ def _largest(
   return left * root[None], inverse[:, None] * right, error
 
 
+def take_out(kernel: jax.Array, start: Start, strength: Strength) -> jax.Array:
+  """Returns what is frozen (and quantized) instead of a kernel.
+
+  Args:
+    kernel: [*stacked, in, out] of any float dtype.
+    start: How its adapter starts, with an init that changes the base.
+    strength: Ranks and scales of its layers.
+
+  Returns:
+    float32 [*stacked, in, out].
+  """
+  a, b = start.taken or (start.a, start.b)
+  layers = kernel.reshape(-1, *kernel.shape[-2:])
+  factors = (x.reshape(-1, *x.shape[-2:]) for x in (a, b))
+
+  def one(layer: tuple[jax.Array, ...]) -> jax.Array:
+    matrix, a, b, scale = layer
+    # The barrier keeps the sum apart from what quantizes it: the same bits.
+    return jax.lax.optimization_barrier(
+      _take_out(matrix.astype(jnp.float32), a, b, scale)
+    )
+
+  found = jax.lax.map(one, (layers, *factors, strength.scales.reshape(-1)))
+  return found.reshape(kernel.shape)
+
+
 def _take_out(
   kernel: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array
 ) -> jax.Array:
-  return kernel - scale * _product(a, b)
+  return kernel - scale * jax.lax.optimization_barrier(_product(a, b))
 
 
 def _product(x: jax.Array, y: jax.Array) -> jax.Array:

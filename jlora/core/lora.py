@@ -73,7 +73,10 @@ class LoraSpec:
     self._set('alpha', _alpha('lora.alpha', self.alpha))
     for field, check in (('rank_pattern', _rank), ('alpha_pattern', _alpha)):
       pairs = targets.as_pairs(getattr(self, field), f'lora.{field}')
-      self._set(field, tuple((p, check(f'lora.{field}', v)) for p, v in pairs))
+      self._set(
+        field,
+        tuple((p, check(f'lora.{field} for {p!r}', v)) for p, v in pairs),
+      )
     rows = targets.as_pairs(self.train_rows, 'lora.train_rows')
     self._set('train_rows', tuple((p, _rows(p, ids)) for p, ids in rows))
     if not 0 <= self.dropout < 1:
@@ -175,7 +178,7 @@ def _rank(field: str, value: Any) -> int:
 
 def _alpha(field: str, value: Any) -> float:
   if not (_is_number(value) and math.isfinite(value) and value > 0):
-    raise ConfigError(f'{field} is {value!r}; it must be above 0')
+    raise ConfigError(f'{field} is {value!r}; it must be above 0 and finite')
   return float(value)
 
 
@@ -183,16 +186,17 @@ def _is_number(value: Any) -> bool:
   return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _rows(pattern: str, ids: Any) -> tuple[int, ...]:
+def _rows(pattern: str, given: Any) -> tuple[int, ...]:
   """Returns row ids, sorted as they must be."""
-  good = isinstance(ids, list | tuple | range | np.ndarray) and len(ids)
-  ids = tuple(ids) if good else ()
-  if not ids or any(isinstance(i, bool) or i != int(i) or i < 0 for i in ids):
+  listed = isinstance(given, list | tuple | range | np.ndarray)
+  ids = list(given) if listed else []
+  whole = all(isinstance(i, int | np.integer) for i in ids)
+  if not ids or not whole or bool in map(type, ids) or min(ids) < 0:
     raise ConfigError(
-      f'lora.train_rows has {ids!r} for {pattern!r}; it takes row ids, 0 or'
+      f'lora.train_rows has {given!r} for {pattern!r}; it takes row ids, 0 or'
       ' more, such as [49152, 49153]'
     )
-  if list(ids) != sorted(set(ids)):
+  if ids != sorted(set(ids)):
     raise ConfigError(
       f'lora.train_rows of {pattern!r} must be sorted, each id once; it starts'
       f' {ids[:4]}'

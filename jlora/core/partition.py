@@ -58,8 +58,8 @@ def _partition(
 
   def visit(path: tuple[Any, ...], leaf: Any) -> Any:
     name = tree.join(path)
-    return halves[name][0] if name in halves else leaf
+    return halves[name].frozen if name in halves else leaf
 
   frozen = jax.tree_util.tree_map_with_path(visit, params, is_leaf=is_quantized)
-  trained = {path: node for path, (_, node) in halves.items() if node}
+  trained = {p: half.trained for p, half in halves.items() if half.trained}
   return frozen, tree.nest(trained)

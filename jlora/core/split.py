@@ -8,7 +8,7 @@ one comes.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jlora.core import initializers, tree
 from jlora.core.axes import Roles, from_matrices, to_matrices
 from jlora.core.combination import adapt
+from jlora.core.initializers import Start
 from jlora.core.lazy import LoraArray, column_lengths, dense_matrix
 from jlora.core.lora import LoraSpec
 from jlora.core.plan import Adapted, Placeholder, Plan, Rows, make_plan
@@ -58,6 +59,11 @@ def make_split(
   plan = make_plan(leaves, spec) if spec else Plan({}, [], {})
   for path, adapted in plan.adapted.items():
     _check_rank(path, adapted)
+  if spec and spec.changes_base and not plan.adapted:
+    raise ConfigError(
+      f'lora.init {spec.init!r} starts adapters, and no kernel has one; give'
+      " lora.targets, or use init 'lora'"
+    )
   rest = {path: x for path, x in leaves.items() if path not in plan.full}
   quantized = select_whole(rest, quant) if quant else {}
   return Split(spec, plan, quant, quantized)
@@ -74,9 +80,31 @@ def _check_rank(path: str, adapted: Adapted) -> None:
     )
 
 
+class Halves(NamedTuple):
+  """What becomes of a leaf.
+
+  Attributes:
+    frozen: An array, a QuantizedArray or, where the leaf is trained whole, a
+      `Placeholder`.
+    trained: In float32 'a' and 'b' of an adapter, with DoRA 'magnitude' too;
+      'full'; or 'rows'. Empty for a leaf that is not trained.
+    start: How an adapter starts that is a part of its base; else None.
+  """
+
+  frozen: Any
+  trained: dict[str, jax.Array]
+  start: Start | None = None
+
+
 def split_leaf(
-  split: Split, key: jax.Array, path: str, leaf: Any, *, dtype: Any = None
-) -> tuple[Any, dict[str, jax.Array]]:
+  split: Split,
+  key: jax.Array,
+  path: str,
+  leaf: Any,
+  *,
+  dtype: Any = None,
+  start: Start | None = None,
+) -> Halves:
   """Returns what is frozen of a leaf, and what is trained.
 
   Args:
@@ -86,11 +114,8 @@ def split_leaf(
     leaf: An array or a QuantizedArray.
     dtype: Of the frozen half, or what it computes in where it is quantized and
       `quant.dtype` is None; None keeps the leaf's.
-
-  Returns:
-    An array, a QuantizedArray or, where the leaf is trained whole, a
-    `Placeholder`; and, all in float32, 'a' and 'b' of an adapter, with DoRA
-    'magnitude' too; 'full'; or 'rows'. Empty for a leaf that is not trained.
+    start: How its adapter started before, where it is a part of its base; None
+      finds it.
 
   Raises:
     ConfigError: The init needs what is missing.
@@ -98,23 +123,22 @@ def split_leaf(
   plan = split.plan
   if path in plan.full:
     whole = Placeholder(leaf.shape, jnp.dtype(leaf.dtype))
-    return whole, {'full': _as_float32(leaf)}
-  dtype = dtype or leaf.dtype
+    return Halves(whole, {'full': _as_float32(leaf)})
+  node, dtype = {}, dtype or leaf.dtype
+  adapted = plan.adapted.get(path)
   if path in plan.rows:
-    rows = _rows(leaf, plan.rows[path])
-    return _freeze(split, path, leaf, dtype), {'rows': rows}
-  if path not in plan.adapted:
-    return _freeze(split, path, leaf, dtype), {}
-  adapted = plan.adapted[path]
-  start = _start(split, key, path, leaf)
-  node = {'a': start.a, 'b': start.b}
-  if start.residual is not None:
-    leaf = _as_stored(start.residual, adapted)
+    node = {'rows': _rows(leaf, plan.rows[path])}
+  if adapted is not None:
+    start = start or _start(split, key, path, leaf)
+    node = {'a': start.a, 'b': start.b}
+    if split.spec.changes_base:
+      leaf = _take_out(leaf, start, adapted)
   frozen = _freeze(split, path, leaf, dtype)
-  if adapted.dora:
+  if adapted is not None and adapted.dora:
     plain = dataclasses.replace(adapted, dora=False)
     node['magnitude'] = _magnitude(adapt(path, frozen, node, plain))
-  return frozen, node
+  changed = adapted is not None and split.spec.changes_base
+  return Halves(frozen, node, start if changed else None)
 
 
 def _freeze(split: Split, path: str, leaf: Any, dtype: Any) -> Any:
@@ -128,9 +152,7 @@ def _freeze(split: Split, path: str, leaf: Any, dtype: Any) -> Any:
   return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
-def _start(
-  split: Split, key: jax.Array, path: str, leaf: Any
-) -> initializers.Start:
+def _start(split: Split, key: jax.Array, path: str, leaf: Any) -> Start:
   """Returns how the adapter of a kernel starts."""
   spec, adapted = split.spec, split.plan.adapted[path]
   roles = adapted.target.roles
@@ -140,6 +162,12 @@ def _start(
       raise ConfigError(
         f'lora.init {spec.init!r} takes a part out of the dense kernel, but'
         f' {path!r} is quantized; pass dense params and quant=QuantSpec(…)'
+      )
+    if spec.init == 'loftq' and path not in split.quantized:
+      raise ConfigError(
+        "lora.init 'loftq' starts from the error of quantization, and"
+        f' {path!r} is not quantized; let quant cover it, exclude it from'
+        " lora.targets, or use 'pissa'"
       )
     kernel = to_matrices(leaf, roles)
     if path in split.quantized:
@@ -155,16 +183,18 @@ def _start(
   )
 
 
+def _take_out(leaf: Any, start: Start, adapted: Adapted) -> jax.Array:
+  """Returns a kernel without the start of its adapter, as its model has it."""
+  roles = adapted.target.roles
+  _, inputs, outputs = roles.split(adapted.target.shape)
+  kernel = to_matrices(leaf, roles)
+  residual = initializers.take_out(kernel, start, adapted.strength)
+  return from_matrices(residual, inputs, outputs, roles.order)
+
+
 def _round_trip(kernel: jax.Array, quant: QuantSpec) -> jax.Array:
   codes = quantize_leaf(kernel, Roles((), ('in',), ('out',)), quant)
   return dequantize_leaf(codes, jnp.float32)
-
-
-def _as_stored(matrices: jax.Array, adapted: Adapted) -> jax.Array:
-  """Returns [*stacked, in, out] in the layout of the model's own array."""
-  roles = adapted.target.roles
-  _, inputs, outputs = roles.split(adapted.target.shape)
-  return from_matrices(matrices, inputs, outputs, roles.order)
 
 
 def _magnitude(kernel: LoraArray) -> jax.Array:

@@ -5,34 +5,33 @@ import functools
 import os
 import pathlib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from jlora.checkpoints.adapters import (
   Adapter,
   check_base_leaves,
   check_fingerprint,
+  trained_quant,
+  trained_spec,
 )
 from jlora.checkpoints.bases import Base, open_base
 from jlora.checkpoints.peft import load_adapter, split_initial
 from jlora.checkpoints.placement import load_frozen, load_halves
+from jlora.checkpoints.starts import Starts
 from jlora.core.combination import combine
+from jlora.core.initializers import Start
 from jlora.core.lazy import densify, is_lazy
 from jlora.core.lift import lift
 from jlora.core.lora import INITS_THAT_CHANGE_THE_BASE, LoraSpec
 from jlora.core.quantization import QuantSpec
 from jlora.core.tree import nodes_by_path
-from jlora.errors import AdapterError
 from jlora.models import families
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
-
-# Relative, and of a float32 decomposition made on another machine.
-_SAME_START = 1e-2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,6 +44,7 @@ class Tuned:
     trainable: The adapter's parameters; empty without one.
     initial: Its low-rank pairs before training, where they began as a part of
       the base; else None.
+    starts: How these started, by path; else empty.
     spec: What was trained; None without an adapter.
     quant: How the base is quantized here, or None.
     dtype: What it computes in.
@@ -56,6 +56,7 @@ class Tuned:
   frozen: Any
   trainable: dict[str, Any]
   initial: dict[str, Any] | None
+  starts: Starts
   spec: LoraSpec | None
   quant: QuantSpec | None
   dtype: Any
@@ -105,7 +106,7 @@ def load_tuned(
   compute = compute_dtype(dtype)
   if adapter_folder is None:
     quant = quant and families.resolve(quant, base.config)
-    parts = _Parts(load_frozen(base, quant, compute), {}, None, None)
+    parts = _Parts(load_frozen(base, quant, compute), {}, None, None, {})
     return _tuned(base, parts, quant, compute, {})
   adapter = load_adapter(pathlib.Path(adapter_folder), base.config)
   same = check_fingerprint(
@@ -116,9 +117,9 @@ def load_tuned(
       f'the adapter in {adapter_folder} is not known to belong to this base',
       stacklevel=2,
     )
-  again = same and _can_start_again(adapter.metadata)
-  quant = _trained_quant(adapter.metadata, quant, again=again)
+  again = same and _can_start_again(adapter)
   quant = quant and families.resolve(quant, base.config)
+  quant = _trained_quant(adapter, quant, again=again)
   load = _start_again if again else _put_beside
   parts = load(adapter, base, quant, compute)
   return _tuned(base, parts, quant, compute, adapter.metadata)
@@ -131,6 +132,7 @@ class _Parts(NamedTuple):
   trainable: dict[str, Any]
   spec: LoraSpec | None
   initial: dict[str, Any] | None
+  starts: Starts
 
 
 def _tuned(
@@ -145,6 +147,7 @@ def _tuned(
     frozen=parts.frozen,
     trainable=jax.tree.map(jnp.asarray, parts.trainable),
     initial=parts.initial,
+    starts=parts.starts,
     spec=parts.spec,
     quant=quant,
     dtype=dtype,
@@ -160,13 +163,16 @@ def _put_beside(
   spec = adapter.spec
   frozen = load_frozen(base, quant, dtype, whole=spec.train_full)
   check_base_leaves(adapter, frozen)
-  return _Parts(frozen, adapter.trainable, spec, None)
+  return _Parts(frozen, adapter.trainable, spec, None, {})
 
 
-def _can_start_again(metadata: Mapping[str, Any]) -> bool:
-  """Whether an adapter began as a part of its base, and a run wrote it."""
-  init = metadata.get('lora', {}).get('init')
-  return init in INITS_THAT_CHANGE_THE_BASE and 'quantization' in metadata
+def _can_start_again(adapter: Adapter) -> bool:
+  """Whether it is known how an adapter began as a part of its base."""
+  init = trained_spec(adapter.metadata).init
+  if init not in INITS_THAT_CHANGE_THE_BASE:
+    return False
+  known = init != 'loftq' or bool(adapter.starts)
+  return known and 'quantization' in adapter.metadata
 
 
 def _start_again(
@@ -178,39 +184,34 @@ def _start_again(
   that would be another model, for what was quantized is what the init left.
   """
   trained, initial, spec = split_initial(adapter, base.config)
+  starts = adapter.starts or {
+    path: Start(node['a'], node['b'])
+    for path, node in nodes_by_path(initial).items()
+  }
   key = jax.random.key(0)  # these inits draw nothing
-  frozen, started = load_halves(key, base, spec, quant, dtype)
-  for path, node in nodes_by_path(initial).items():
-    again = nodes_by_path(started)[path]
-    found, written = (x['a'] @ x['b'] for x in (again, node))
-    distance = np.linalg.norm(found - written) / np.linalg.norm(written)
-    if distance > _SAME_START:
-      raise AdapterError(
-        f'the init {spec.init!r} starts {path!r} {distance:.1%} away from where'
-        ' this adapter began; use the base and the version of jlora that it was'
-        ' trained with'
-      )
-  return _Parts(frozen, trained, spec, initial)
+  frozen, _, starts = load_halves(key, base, spec, quant, dtype, starts=starts)
+  return _Parts(frozen, trained, spec, initial, starts)
 
 
 def _trained_quant(
-  metadata: Mapping[str, Any], given: QuantSpec | None, *, again: bool
+  adapter: Adapter, given: QuantSpec | None, *, again: bool
 ) -> QuantSpec | None:
   """Returns the quantization that an adapter was trained with, if it says.
 
   Args:
-    metadata: The adapter's.
-    given: What the caller asks for.
+    adapter: The adapter.
+    given: What the caller asks for, presets resolved.
     again: Whether the adapter's start is taken out of the base again.
   """
-  fields = metadata.get('quantization')
-  trained = QuantSpec(**fields) if fields else None
+  metadata = adapter.metadata
+  trained = trained_quant(metadata)
   if 'quantization' not in metadata or trained == given:
     return given
-  if _can_start_again(metadata) and not again:
+  if trained_spec(metadata).changes_base and not again:
     warnings.warn(
-      'the adapter began as a part of another base, which was then quantized;'
-      f' this base is used as {given or "it is, not quantized"}',
+      'the adapter began as a part of a base that was then quantized, which'
+      f' cannot be had here; the base is used as {given or "it is"}, and'
+      ' differs by what quantization rounded off',
       stacklevel=3,
     )
     return given

@@ -6,13 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from rich.console import Console
 
 from jlora.checkpoints.bases import Base, open_base
 from jlora.checkpoints.placement import load_halves
+from jlora.checkpoints.starts import Starts
 from jlora.core.description import Description, describe
+from jlora.core.initializers import Start
 from jlora.core.lift import lift
 from jlora.core.partition import partition
 from jlora.core.plan import make_plan
@@ -47,8 +48,7 @@ class Job:
     steps: Updates of the whole run.
     frozen: The frozen half of the parameters.
     state: The state before the first step.
-    initial: A copy of the adapters before the first step, where they began as
-      a part of the base; else None.
+    starts: How adapters started that are a part of the base, by path.
     step: (state, frozen, batch) -> (state, metrics), compiled; it donates the
       state.
     evaluate: (trainable, frozen, batch) -> (summed loss, tokens).
@@ -69,7 +69,7 @@ class Job:
   steps: int
   frozen: Any
   state: TrainState
-  initial: Any
+  starts: dict[str, Start]
   step: Callable[..., Any]
   evaluate: Callable[..., Any]
   apply: Callable[..., Any]
@@ -101,12 +101,13 @@ class Job:
         )
 
 
-def build(spec: RunSpec, console: Console) -> Job:
+def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   """Loads base and data, splits the parameters and compiles the step.
 
   Args:
     spec: The resolved config.
     console: Where the stages are told.
+    starts: Of the run that is continued or evaluated, see `load_halves`.
 
   Raises:
     JloraError: Something in base, data or spec does not fit together.
@@ -122,13 +123,12 @@ def build(spec: RunSpec, console: Console) -> Job:
   steps = _count_steps(spec, loader)
 
   dtype = compute_dtype(spec.train.dtype)
-  if spec.lora.changes_base:
+  if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
   key = jax.random.key(spec.seed)
-  frozen, trainable = load_halves(key, base, spec.lora, spec.quant, dtype)
-  initial = None
-  if spec.lora.changes_base:  # the first step takes the arrays themselves
-    initial = jax.tree.map(np.array, trainable)
+  frozen, trainable, starts = load_halves(
+    key, base, spec.lora, spec.quant, dtype, starts=starts
+  )
   tx = make_optimizer(spec.optim, steps, trainable)
   state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
   frozen, state = jax.device_put((frozen, state), replicated(mesh))
@@ -164,7 +164,7 @@ def build(spec: RunSpec, console: Console) -> Job:
     steps=steps,
     frozen=frozen,
     state=state,
-    initial=initial,
+    starts=starts,
     step=compiled,
     evaluate=make_evaluation(loss_fn, mesh),
     apply=lift(Decoder(base.config, dtype=dtype).apply),

@@ -11,8 +11,10 @@ import os
 
 from rich.console import Console
 
+from jlora.checkpoints.adapters import START_FILE
 from jlora.checkpoints.run_folder import MetricsFile, RunFolder
 from jlora.checkpoints.runs import RunCheckpoints
+from jlora.checkpoints.starts import load_starts, save_starts
 from jlora.errors import ConfigError
 from jlora.parallel.devices import warn_of_idle_gpu
 from jlora.training import artifacts, evaluation
@@ -46,7 +48,11 @@ def train(
   ):
     if _is_complete(spec, folder, checkpoints, console):
       return True
-    job = build(spec, console)
+    start = folder.path(START_FILE)
+    continued = start.is_file() and bool(checkpoints.steps())
+    job = build(spec, console, load_starts(start) if continued else None)
+    if job.starts and not continued:
+      save_starts(start, job.starts)
     console.print(str(job.description), markup=False)
     show_table(console, 'one training step', job.footprint.rows())
     progress, metrics = _start(spec, job, folder, checkpoints, console)

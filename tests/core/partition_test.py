@@ -304,11 +304,17 @@ def test_padding_stays_zero_and_layers_that_are_not_chosen_stay_the_base():
   assert not np.allclose(merged[1], kernel[1])
 
 
-@pytest.mark.parametrize('init', ['pissa', 'olora', 'loftq'])
-@pytest.mark.parametrize('quantized', [False, True])
+@pytest.mark.parametrize(
+  ('init', 'quantized'),
+  [
+    ('pissa', False),
+    ('pissa', True),
+    ('olora', False),
+    ('olora', True),
+    ('loftq', True),
+  ],
+)
 def test_an_init_that_changes_the_base_keeps_the_function(init, quantized):
-  if init == 'loftq' and not quantized:
-    pytest.skip('LoftQ is about quantized bases')
   layout = 'layers out in: layers | in -> out'
   kernel = jax.random.normal(jax.random.key(0), (2, 24, 64), jnp.bfloat16)
   spec = jlora.LoraSpec(rank=8, alpha=8.0, init=init, axes={'.*': layout})
@@ -337,6 +343,18 @@ def test_an_init_that_changes_the_base_needs_the_dense_kernel(small):
     ConfigError, match=r"'pissa' takes a part out .*quantized"
   ):
     jlora.partition(jax.random.key(0), ready, make_spec(init='pissa'))
+
+
+@pytest.mark.parametrize(
+  ('fields', 'message'),
+  [
+    ({'init': 'loftq'}, "'layers/down/kernel' is not quantized"),
+    ({'init': 'pissa', 'targets': (), 'train_full': '.*'}, 'no kernel has one'),
+  ],
+)
+def test_an_init_without_what_it_starts_from_is_refused(small, fields, message):
+  with pytest.raises(ConfigError, match=message):
+    jlora.partition(jax.random.key(0), small, make_spec(**fields))
 
 
 def test_leaves_that_are_no_arrays_are_left_alone(small):

@@ -1,6 +1,7 @@
 """Adapters that began as a part of the base, put on that base again."""
 
 import dataclasses
+import json
 
 import chex
 import jax
@@ -12,6 +13,7 @@ import jlora
 from jlora.checkpoints.bases import open_base
 from jlora.checkpoints.peft import save_adapter
 from jlora.checkpoints.placement import load_halves
+from jlora.core import initializers
 from jlora.errors import AdapterError
 from jlora.inference.tuned import load_tuned
 from jlora.models import families
@@ -26,8 +28,9 @@ def make_adapter(tiny_base, tmp_path_factory):
     spec = jlora.LoraSpec(rank=4, alpha=6.0, init=init, **fields)
     spec = families.resolve(spec, base.config)
     quant = quant and families.resolve(quant, base.config)
-    halves = load_halves(jax.random.key(0), base, spec, quant, jnp.float32)
-    frozen, initial = halves
+    key = jax.random.key(0)
+    loaded = load_halves(key, base, spec, quant, jnp.float32)
+    frozen, initial, starts = loaded
     random = np.random.default_rng(1)
     trained = jax.tree.map(
       lambda x: x * np.asarray(random.uniform(0.9, 1.1, x.shape), 'f4'), initial
@@ -45,6 +48,7 @@ def make_adapter(tiny_base, tmp_path_factory):
       base_name=base.name,
       metadata=metadata,
       initial=initial,
+      starts=starts,
     )
     return (frozen, trained, spec), folder
 
@@ -85,10 +89,50 @@ def test_on_an_unknown_base_it_is_plain_lora_of_twice_the_rank(
   )
 
 
-def test_another_start_is_refused(make_adapter, tiny_base, monkeypatch):
-  _, folder = make_adapter('olora', None)
-  from jlora.core import initializers
+def test_the_start_is_read_and_not_found_again(
+  make_adapter, tiny_base, monkeypatch
+):
+  (frozen, _, _), folder = make_adapter('loftq', jlora.QuantSpec())
+  monkeypatch.setattr(initializers, 'start', None)
+  tuned = load_tuned(str(tiny_base), folder, dtype='float32')
+  chex.assert_trees_all_equal(tuned.frozen, frozen)
 
-  monkeypatch.setattr(initializers, 'olora', initializers.pissa)
-  with pytest.raises(AdapterError, match=r"'olora' starts .*% away"):
+
+def test_without_its_start_loftq_is_what_peft_would_have(
+  make_adapter, tiny_base
+):
+  (frozen, trained, spec), folder = make_adapter('loftq', jlora.QuantSpec())
+  metadata = json.loads((folder / 'jlora_metadata.json').read_text())
+  del metadata['digests']['jlora_start.safetensors']
+  (folder / 'jlora_start.safetensors').unlink()
+  (folder / 'jlora_metadata.json').write_text(json.dumps(metadata))
+  with pytest.warns(UserWarning, match='began as a part of a base'):
+    tuned = load_tuned(str(tiny_base), folder, dtype='float32')
+  assert tuned.quant is None
+  wide = tuned.dense('float32')['layers']['mlp']['up_proj']['kernel']
+  merged = jlora.merge(frozen, trained, spec)
+  merged = merged['layers']['mlp']['up_proj']['kernel']
+  assert np.linalg.norm(wide - merged) < 0.2 * np.linalg.norm(merged)
+
+
+def test_a_damaged_start_is_refused(make_adapter, tiny_base):
+  _, folder = make_adapter('loftq', jlora.QuantSpec())
+  (folder / 'jlora_start.safetensors').write_bytes(b'x')
+  with pytest.raises(AdapterError, match=r'start.* is damaged'):
+    load_tuned(str(tiny_base), folder, dtype='float32')
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('lora', None), ('lora', {'foo': 1}), ('quantization', [1])],
+)
+def test_metadata_that_is_no_spec_is_refused(
+  make_adapter, tiny_base, field, value
+):
+  _, folder = make_adapter('lora', None)
+  metadata = json.loads((folder / 'jlora_metadata.json').read_text())
+  (folder / 'jlora_metadata.json').write_text(
+    json.dumps(metadata | {field: value})
+  )
+  with pytest.raises(AdapterError, match=f'has {field}=.*which is no'):
     load_tuned(str(tiny_base), folder, dtype='float32')

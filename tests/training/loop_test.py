@@ -34,7 +34,7 @@ def world(monkeypatch):
     data='d1', bad=set(), stop_at=None, losses={}, saved=[], answered=0
   )
 
-  def build(spec, console):
+  def build(spec, console, starts):
     state = TrainState(jnp.int32(0), {'w': jnp.ones(3)}, {'m': jnp.zeros(3)})
     job = types.SimpleNamespace(
       spec=spec,
@@ -51,6 +51,7 @@ def world(monkeypatch):
       step=functools.partial(_step, world),
       schedule=lambda step: spec.optim.learning_rate,
       description='',
+      starts={},
       footprint=types.SimpleNamespace(rows=lambda: []),
     )
     job.check_origin = functools.partial(Job.check_origin, job)
@@ -310,7 +311,7 @@ def test_checkpoints_without_a_config_are_not_continued(run, world):
 
 
 def test_a_refused_run_leaves_no_folder(run, world, monkeypatch):
-  def refuse(spec, console):
+  def refuse(spec, console, starts):
     raise ConfigError('no')
 
   monkeypatch.setattr(loop, 'build', refuse)
