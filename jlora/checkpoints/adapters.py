@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora.checkpoints import folders
 from jlora.core import tree
-from jlora.core.initializers import Start
+from jlora.core.decompositions import Start
 from jlora.core.lazy import densify, is_lazy
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec

@@ -9,7 +9,7 @@ import numpy as np
 
 from jlora.checkpoints.bases import Base
 from jlora.checkpoints.starts import Starts
-from jlora.core.initializers import Start
+from jlora.core.decompositions import Start
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
 from jlora.core.split import make_split, split_leaf

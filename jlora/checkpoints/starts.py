@@ -12,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from jlora.core.initializers import Start
+from jlora.core.decompositions import Start
 from jlora.errors import AdapterError
 
 Starts = Mapping[str, Start]

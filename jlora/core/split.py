@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jlora.core import initializers, tree
 from jlora.core.axes import Roles, from_matrices, to_matrices
 from jlora.core.combination import adapt
-from jlora.core.initializers import Start
+from jlora.core.decompositions import Start
 from jlora.core.lazy import LoraArray, column_lengths, dense_matrix
 from jlora.core.lora import LoraSpec
 from jlora.core.plan import Adapted, Placeholder, Plan, Rows, make_plan
@@ -75,8 +75,8 @@ def _check_rank(path: str, adapted: Adapted) -> None:
   if rank > min(size, out):
     raise ConfigError(
       f'lora.rank {rank} exceeds what {path!r} of shape {adapted.target.shape}'
-      f' can use; it must be at most {min(size, out)}: lower it, or set it for'
-      ' this kernel with rank_pattern'
+      f' can use; it must be at most {min(size, out)}: lower it, or have a'
+      ' rank_pattern for this kernel'
     )
 
 

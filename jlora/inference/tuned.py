@@ -23,7 +23,7 @@ from jlora.checkpoints.peft import load_adapter, split_initial
 from jlora.checkpoints.placement import load_frozen, load_halves
 from jlora.checkpoints.starts import Starts
 from jlora.core.combination import combine
-from jlora.core.initializers import Start
+from jlora.core.decompositions import Start
 from jlora.core.lazy import densify, is_lazy
 from jlora.core.lift import lift
 from jlora.core.lora import INITS_THAT_CHANGE_THE_BASE, LoraSpec

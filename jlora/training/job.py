@@ -12,8 +12,8 @@ from rich.console import Console
 from jlora.checkpoints.bases import Base, open_base
 from jlora.checkpoints.placement import load_halves
 from jlora.checkpoints.starts import Starts
+from jlora.core.decompositions import Start
 from jlora.core.description import Description, describe
-from jlora.core.initializers import Start
 from jlora.core.lift import lift
 from jlora.core.partition import partition
 from jlora.core.plan import make_plan

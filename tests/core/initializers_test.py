@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 
-from jlora.core import initializers
+from jlora.core import decompositions, initializers
 from jlora.core.axes import Roles
 from jlora.core.initializers import start
 from jlora.core.lora import INITS, Strength
@@ -182,7 +182,7 @@ def test_less_is_lost_to_4_bits(init, gate):
 
 def loftq_errors(kernel, rank, turns):
   begin = jax.jit(
-    functools.partial(initializers.loftq, width=rank, round_trip=nf4)
+    functools.partial(decompositions.loftq, width=rank, round_trip=nf4)
   )
   for n in turns:
     begun = begin(kernel, rank, jnp.float32(0.5), iterations=n)
@@ -215,7 +215,7 @@ def test_more_turns_of_loftq_never_lose_more(rank):
 
 def test_one_turn_of_loftq_leaves_the_kernel_to_be_quantized():
   kernel = make_kernel(64, 48)
-  begun = initializers.loftq(
+  begun = decompositions.loftq(
     kernel, 4, 0.5, width=4, round_trip=round_off, iterations=1
   )
   assert not any(factor.any() for factor in begun.taken)
