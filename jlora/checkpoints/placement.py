@@ -12,6 +12,7 @@ from jlora.core.quantization import QuantSpec
 from jlora.core.split import make_split, split_leaf
 from jlora.core.tree import nest
 from jlora.models import families
+from jlora.parallel.shardings import Shardings
 
 
 def load_halves(
@@ -20,6 +21,8 @@ def load_halves(
   spec: LoraSpec | None,
   quant: QuantSpec | None,
   dtype: Any,
+  *,
+  shardings: Shardings | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """Reads a base leaf by leaf and splits each one as it arrives.
 
@@ -32,6 +35,7 @@ def load_halves(
     spec: What is trained, presets resolved; None for nothing.
     quant: What is quantized, presets resolved; None for nothing.
     dtype: Of the dense frozen leaves, and what the quantized ones compute in.
+    shardings: Where both halves lie; None for the default device.
 
   Returns:
     The frozen and the trainable half of the decoder's params.
@@ -45,12 +49,16 @@ def load_halves(
 
   def place(path: str, leaf: Any) -> Any:
     frozen, node = split_leaf(split, key, path, jnp.asarray(leaf), dtype=dtype)
+    if shardings is not None:
+      frozen = jax.device_put(frozen, shardings.of_leaf(path, frozen))
     if node:
       trained[path] = node
     return jax.block_until_ready(frozen)
 
-  frozen = base.load_params(place=place)
-  return frozen, nest(trained)
+  frozen, trainable = base.load_params(place=place), nest(trained)
+  if shardings is not None:
+    trainable = jax.device_put(trainable, shardings.trainable(trainable))
+  return frozen, trainable
 
 
 def load_frozen(
