@@ -150,7 +150,6 @@ def test_a_value_of_the_wrong_type_is_refused(sections, message):
     ({'data': {'train': ''}}, 'data.train is empty'),
     ({'data': {'max_length': 1}}, 'data.max_length is 1'),
     ({'eval': {'every': 0}}, 'eval.every is 0'),
-    ({'mesh': {'fsdp': 2}}, 'mesh.fsdp=2'),
     ({'log': {'every': 0}}, 'log.every is 0'),
   ],
 )

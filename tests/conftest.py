@@ -175,13 +175,14 @@ class Commands:
   flags: tuple[str, ...]
   cache: pathlib.Path
 
-  def start(self, module, *flags, **options):
+  def start(self, module, *flags, environment=None, **options):
     environment = {
       **os.environ,
       'JAX_COMPILATION_CACHE_DIR': str(self.cache),
       'JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS': '0',
       'PYTHONPATH': str(ROOT),
       'COLUMNS': '80',
+      **(environment or {}),
     }
     return subprocess.Popen(
       [sys.executable, '-m', f'jlora.{module}', *map(str, flags)],
@@ -206,13 +207,13 @@ class Commands:
   def run(self, module, *flags, **options):
     return self.end(self.start(module, *flags, **options))
 
-  def start_training(self, workdir, *flags, experiment='qlora'):
+  def start_training(self, workdir, *flags, experiment='qlora', **options):
     config = ROOT / 'experiments' / f'{experiment}.py'
     named = (f'--config={config}', f'--workdir={workdir}')
-    return self.start('train', *named, *self.flags, *flags)
+    return self.start('train', *named, *self.flags, *flags, **options)
 
-  def train(self, workdir, *flags, experiment='qlora'):
-    return self.end(self.start_training(workdir, *flags, experiment=experiment))
+  def train(self, workdir, *flags, **options):
+    return self.end(self.start_training(workdir, *flags, **options))
 
   def train_until(self, workdir, step, number):
     """Starts training and sends a signal once a step is in the metrics."""

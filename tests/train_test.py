@@ -1,11 +1,13 @@
 import json
 import os
+import re
 import shutil
 import signal
 
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from safetensors.numpy import load_file
 
 from jlora.checkpoints.run_folder import RunFolder
 
@@ -201,6 +203,48 @@ def test_a_killed_run_continues_as_if_it_had_not_been(
   assert load_last_state(run)[0] in ('25', '50', '75', '100')
   assert commands.train(run).rc == 0
   assert_same_end(run, finished[0])
+
+
+def test_a_run_goes_on_with_fewer_devices_as_on_one(commands, tmp_path):
+  def train(name, devices, steps, *mesh):
+    flag = f'--xla_force_host_platform_device_count={devices}'
+    ended = commands.train(
+      tmp_path / name,
+      f'--config.train.steps={steps}',
+      '--config.optim.schedule=constant',
+      '--config.optim.warmup=0',
+      '--config.quant.block_size=16',
+      '--config.eval.examples=2',
+      *(f'--config.mesh.{axis}' for axis in mesh),
+      environment={'XLA_FLAGS': flag},
+    )
+    assert (ended.rc, ended.stderr) == (0, '')
+    return ended.stdout
+
+  begun = train('moved', 8, 2, 'fsdp=2', 'tensor=4')
+  assert 'parameters over 8 devices: data 1, fsdp 2, tensor 4' in begun
+  assert re.search('mlp/up_proj/kernel +2 × 64/fsdp × 128/tensor', begun)
+  continued = train('moved', 2, 4, 'fsdp=2')
+  assert 'continuing after step 2' in continued
+  assert 'parameters over 2 devices: data 1, fsdp 2, tensor 1' in continued
+  ended = train('moved', 1, 6)
+  assert 'continuing after step 4' in ended
+  assert 'parameters over' not in ended
+  train('one', 1, 6)
+  moved, one = (
+    load_file(tmp_path / name / 'adapter' / 'adapter_model.safetensors')
+    for name in ('moved', 'one')
+  )
+  assert moved.keys() == one.keys()
+  for path, leaf in one.items():
+    difference = np.linalg.norm(moved[path] - leaf)
+    assert difference <= 1e-4 * np.linalg.norm(leaf), path
+  losses, expected = (
+    {x['step']: x['loss'] for x in metrics_of(tmp_path / name) if 'loss' in x}
+    for name in ('moved', 'one')
+  )
+  assert list(losses) == list(range(1, 7))
+  assert losses == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_finished_run_is_left_as_it_is(commands, finished):

@@ -15,6 +15,7 @@ from jlora.core.quantization import QuantSpec
 from jlora.core.split import make_split, split_leaf
 from jlora.core.tree import nest
 from jlora.models import families
+from jlora.parallel.shardings import Shardings
 
 
 def load_halves(
@@ -25,6 +26,7 @@ def load_halves(
   dtype: Any,
   *,
   starts: Starts | None = None,
+  shardings: Shardings | None = None,
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Start]]:
   """Reads a base leaf by leaf and splits each one as it arrives.
 
@@ -39,6 +41,7 @@ def load_halves(
     dtype: Of the dense frozen leaves, and what the quantized ones compute in.
     starts: How adapters that are a part of the base started before, by path;
       None finds it.
+    shardings: Where both halves lie; None for the default device.
 
   Returns:
     The frozen and the trainable half of the decoder's params, and how such
@@ -55,14 +58,19 @@ def load_halves(
   def place(path: str, leaf: Any) -> Any:
     start, leaf = starts.get(path), jnp.asarray(leaf)
     half = split_leaf(split, key, path, leaf, dtype=dtype, start=start)
+    frozen = half.frozen
+    if shardings is not None:
+      frozen = jax.device_put(frozen, shardings.of_leaf(path, frozen))
     if half.trained:
       trained[path] = half.trained
     if half.start is not None:  # copies: training takes the arrays themselves
       found[path] = jax.tree.map(np.array, half.start)
-    return jax.block_until_ready(half.frozen)
+    return jax.block_until_ready(frozen)
 
-  frozen = base.load_params(place=place)
-  return frozen, nest(trained), found
+  frozen, trainable = base.load_params(place=place), nest(trained)
+  if shardings is not None:
+    trainable = jax.device_put(trainable, shardings.trainable(trainable))
+  return frozen, trainable, found
 
 
 def load_frozen(

@@ -17,6 +17,7 @@ from jlora.errors import CheckpointError, ConfigError
 _MAY_CHANGE = (
   'log',
   'eval.every',
+  'mesh',
   'optim.learning_rate',
   'train.checkpoint_every',
   'train.epochs',

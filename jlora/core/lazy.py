@@ -9,6 +9,7 @@ for a kernel in a few bits. Code that takes plain arrays runs on them through
 import dataclasses
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,14 +28,16 @@ class _OnBase(LazyLeaf):
   def kernel(self) -> Stored | QuantizedArray:
     """The base as the fused op takes it."""
     if isinstance(self.base, QuantizedArray):
-      return self.base.astype(self.dtype)
-    return Stored(self.base, self.inputs, self.outputs, self.order, self.dtype)
+      base = self.base.astype(self.dtype)
+      return dataclasses.replace(base, gather=self.gather)
+    sizes = self.inputs, self.outputs
+    return Stored(self.base, *sizes, self.order, self.dtype, self.gather)
 
 
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=('base', 'a', 'b', 'scale', 'magnitude', 'key'),
-  meta_fields=('inputs', 'outputs', 'order', 'dtype', 'dropout'),
+  meta_fields=('inputs', 'outputs', 'order', 'dtype', 'dropout', 'gather'),
 )
 @dataclasses.dataclass(frozen=True)
 class LoraArray(_OnBase):
@@ -56,6 +59,8 @@ class LoraArray(_OnBase):
     order: As in `Roles`.
     dtype: What the kernel computes in.
     dropout: Share of the adapter's inputs to drop where there is a key.
+    gather: Applied to the base and to the adapter of one layer each time before
+      they are used, see `lift`; None for nothing. It must be hashable.
   """
 
   base: jax.Array | QuantizedArray
@@ -69,6 +74,7 @@ class LoraArray(_OnBase):
   order: tuple[int, ...]
   dtype: Any
   dropout: float
+  gather: Callable[[Any], Any] | None = None
 
   @property
   def stacked(self) -> tuple[int, ...]:
@@ -79,7 +85,15 @@ class LoraArray(_OnBase):
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=('base', 'rows'),
-  meta_fields=('ids', 'axis', 'inputs', 'outputs', 'order', 'dtype'),
+  meta_fields=(
+    'ids',
+    'axis',
+    'inputs',
+    'outputs',
+    'order',
+    'dtype',
+    'gather',
+  ),
 )
 @dataclasses.dataclass(frozen=True)
 class RowsArray(_OnBase):
@@ -95,6 +109,7 @@ class RowsArray(_OnBase):
     outputs: Sizes of the output axes.
     order: As in `Roles`.
     dtype: What the table computes in.
+    gather: As in `LoraArray`, of the base.
   """
 
   base: jax.Array | QuantizedArray
@@ -105,6 +120,7 @@ class RowsArray(_OnBase):
   outputs: tuple[int, ...]
   order: tuple[int, ...]
   dtype: Any
+  gather: Callable[[Any], Any] | None = None
 
   @property
   def stacked(self) -> tuple[int, ...]:

@@ -5,6 +5,7 @@ lazy leaf, and then evaluates the traced program with a rule (`rules.py`)
 wherever a lazy leaf flows. Every other equation is bound unchanged.
 """
 
+import dataclasses
 import functools
 import pathlib
 import warnings
@@ -18,9 +19,13 @@ from jax.extend import core as jex
 from jlora.core import shard_map
 from jlora.core.control import CONTROL
 from jlora.core.flow import Flow, make_flow
-from jlora.core.lazy import is_lazy
+from jlora.core.lazy import LazyArray, is_lazy
+from jlora.core.linear import Adapter, Kernel
 from jlora.core.rules import LEAF_RULES
 from jlora.core.tracing import trace
+
+Part = Kernel | Adapter
+Gather = Callable[[str, Part], Part]
 
 RULES = {
   **LEAF_RULES,
@@ -31,7 +36,10 @@ RULES = {
 
 
 def lift(
-  fn: Callable[..., Any], *, on_missing: str = 'warn'
+  fn: Callable[..., Any],
+  *,
+  on_missing: str = 'warn',
+  gather: Gather | None = None,
 ) -> Callable[..., Any]:
   """Returns `fn` with the same signature, for parameters with lazy leaves.
 
@@ -45,6 +53,14 @@ def lift(
     on_missing: What happens to a lazy leaf that meets an operation without a
       rule: 'warn' forms the plain array and warns once, with path and
       operation; 'error' raises.
+    gather: Called with the path of a lazy leaf and a part of one layer of it,
+      each time before that part is used, in the forward pass and in the
+      backward pass; returns the same, moved. A part is the frozen kernel, as a
+      `QuantizedArray` before it is decoded or a plain matrix [in, out], or the
+      `Adapter`. With a sharding constraint in it, codes move between devices
+      where XLA alone would move decoded kernels or activations. The path
+      starts with the argument's position or name:
+      `0/params/layers/mlp/up_proj/kernel`.
 
   Returns:
     The lifted function. Its results are plain arrays.
@@ -68,7 +84,7 @@ def lift(
         return fn(*args, **kwargs)
     program = trace(fn, args, kwargs)
     inputs = [
-      make_flow(leaf, path) if is_lazy(leaf) else leaf
+      make_flow(_gathered(leaf, path, gather), path) if is_lazy(leaf) else leaf
       for leaf, path in zip(program.inputs, program.paths, strict=True)
     ]
     evaluate = Evaluator(on_missing)
@@ -78,6 +94,24 @@ def lift(
     )
 
   return lifted
+
+
+@dataclasses.dataclass(frozen=True)
+class _GatherAt:
+  """A gather with its path."""
+
+  gather: Gather
+  path: str
+
+  def __call__(self, part: Part) -> Part:
+    return self.gather(self.path, part)
+
+
+def _gathered(leaf: LazyArray, path: str, gather: Gather | None) -> LazyArray:
+  """Returns a lazy leaf whose parts are gathered before they are used."""
+  if gather is None:
+    return leaf
+  return dataclasses.replace(leaf, gather=_GatherAt(gather, path))
 
 
 class _CombineHint:

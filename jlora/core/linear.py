@@ -23,7 +23,7 @@ from jlora.core.quantized import QuantizedArray, decode_matrices
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=('array',),
-  meta_fields=('inputs', 'outputs', 'order', 'dtype'),
+  meta_fields=('inputs', 'outputs', 'order', 'dtype', 'gather'),
 )
 @dataclasses.dataclass(frozen=True)
 class Stored:
@@ -35,6 +35,8 @@ class Stored:
     outputs: Sizes of the output axes.
     order: As in `Roles`.
     dtype: What it computes in.
+    gather: Applied to the matrix each time before it is used, see `lift`; None
+      for nothing. It must be hashable.
   """
 
   array: jax.Array
@@ -42,6 +44,7 @@ class Stored:
   outputs: tuple[int, ...]
   order: tuple[int, ...]
   dtype: Any
+  gather: Callable[[jax.Array], jax.Array] | None = None
 
 
 Kernel = jax.Array | Stored | QuantizedArray
@@ -63,7 +66,8 @@ def matrix_of(kernel: Kernel) -> jax.Array:
   axes = [first + i for i in canonical_axes(order, sides)]
   array = kernel.array.transpose(*range(first), *axes)
   sizes = math.prod(kernel.inputs), math.prod(kernel.outputs)
-  return array.reshape(*array.shape[:first], *sizes).astype(kernel.dtype)
+  matrix = array.reshape(*array.shape[:first], *sizes).astype(kernel.dtype)
+  return matrix if kernel.gather is None else kernel.gather(matrix)
 
 
 class Adapter(NamedTuple):

@@ -50,6 +50,7 @@ def multiply(
     return linear(x, leaf, **settings)
   if isinstance(leaf, RowsArray):
     return _multiply_rows(x, leaf, settings)
+  leaf = _gathered(leaf)
   a, b = leaf.a, leaf.b
   adapter = Adapter(*((b.T, a.T) if transposed else (a, b)), leaf.scale)
   gain = column_gain(leaf)
@@ -58,6 +59,14 @@ def multiply(
   branch = _dropped(x, leaf)
   y = linear(x, leaf.kernel, adapter, branch=branch, **settings)
   return y if gain is None or transposed else _scaled(y, gain)
+
+
+def _gathered(leaf: LoraArray) -> LoraArray:
+  """Returns a leaf whose adapter is where it is used, see `lift`."""
+  if leaf.gather is None:
+    return leaf
+  moved = leaf.gather(Adapter(leaf.a, leaf.b, leaf.scale))
+  return dataclasses.replace(leaf, a=moved.a, b=moved.b)
 
 
 def _multiply_rows(
@@ -131,6 +140,7 @@ def look_up(leaf: LazyArray, ids: jax.Array) -> jax.Array:
     rows = _take(matrix_of(leaf.kernel), ids)
   if isinstance(leaf, RowsArray):
     return _trained_rows(rows, ids, leaf)
+  leaf = _gathered(leaf)
   low = _take(leaf.a.astype(leaf.dtype), ids)
   update = leaf.scale * jnp.matmul(
     low, leaf.b.astype(leaf.dtype), preferred_element_type=jnp.float32
@@ -180,6 +190,7 @@ def convolve(
 
   if isinstance(leaf, QuantizedArray):
     return frozen_product(product, x, leaf)
+  leaf = _gathered(leaf)
   y = frozen_product(product, x, leaf.kernel)
   groups, rank = params['feature_group_count'], leaf.a.shape[-1]
   read = _dropped(x, leaf)
@@ -252,6 +263,7 @@ def multiply_groups(
 
   if isinstance(leaf, QuantizedArray):
     return frozen_product(product, x, leaf, (sizes,))
+  leaf = _gathered(leaf)
   gain = column_gain(leaf)
   if gain is not None:
     experts = jnp.arange(len(sizes))

@@ -19,7 +19,15 @@ NESTED_BLOCK = 256  # scales that share a second-level scale
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=('codes', 'scales', 'scales2', 'offset'),
-  meta_fields=('format', 'block_size', 'inputs', 'outputs', 'dtype', 'order'),
+  meta_fields=(
+    'format',
+    'block_size',
+    'inputs',
+    'outputs',
+    'dtype',
+    'order',
+    'gather',
+  ),
 )
 @dataclasses.dataclass(frozen=True)
 class QuantizedArray(LazyLeaf):
@@ -51,6 +59,8 @@ class QuantizedArray(LazyLeaf):
     dtype: What the kernel is dequantized to.
     order: How the kernel's own axes lie in [*stacked, *inputs, *outputs], as
       in `Roles`; empty where they lie so.
+    gather: Applied to one layer each time before it is decoded, see `lift`;
+      None for nothing. It must be hashable.
   """
 
   codes: jax.Array
@@ -63,6 +73,7 @@ class QuantizedArray(LazyLeaf):
   outputs: tuple[int, ...]
   dtype: Any
   order: tuple[int, ...] = ()
+  gather: Callable[['QuantizedArray'], 'QuantizedArray'] | None = None
 
   @property
   def stacked(self) -> tuple[int, ...]:
@@ -153,6 +164,7 @@ def decode_matrices(x: QuantizedArray) -> jax.Array:
 
 def decode_matrix(x: QuantizedArray) -> jax.Array:
   """Returns an unstacked kernel as [in, out] in `x.dtype`, padding removed."""
+  x = x if x.gather is None else x.gather(x)
   number_format = formats.FORMATS[x.format]
   values = number_format.decode(number_format.unpack(x.codes))
   out = values.shape[1]

@@ -33,6 +33,21 @@ AXES = (
   (r'lm_head/kernel', 'embed -> vocab'),
 )
 
+# Mesh axes that cut each axis of a leaf; the first pattern that matches
+# decides. A pair of products is cut as columns, then as rows, along 'tensor'.
+# Vocabularies are cut along both axes: it is hidden states that move, which
+# are smaller. (An embedding cut along its width would have XLA cut the hidden
+# states of all layers so.)
+SHARDING = (
+  (r'embed/embedding', (('tensor', 'fsdp'), None)),
+  (r'layers/attention/[qkv]_proj/kernel', (None, 'fsdp', 'tensor')),
+  (r'layers/attention/o_proj/kernel', (None, 'tensor', 'fsdp')),
+  (r'layers/mlp/(gate|up)_proj/kernel', (None, 'fsdp', 'tensor')),
+  (r'layers/mlp/down_proj/kernel', (None, 'tensor', 'fsdp')),
+  (r'lm_head/kernel', (None, ('tensor', 'fsdp'))),
+  (r'.*', ()),
+)
+
 PRESETS = {
   'attention': (r'layers/attention/[qkvo]_proj/kernel',),
   'mlp': (r'layers/mlp/(gate|up|down)_proj/kernel',),

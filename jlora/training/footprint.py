@@ -1,18 +1,20 @@
 """Parameters and bytes of a run, by part, and what the compiler says."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
 import jax
 
 from jlora.core.quantized import is_quantized
-from jlora.core.tree import size_of
 
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
   """What a training step takes, in parameters and bytes.
+
+  Bytes are those of one device.
 
   Attributes:
     frozen_params: Weights that are not trained.
@@ -66,12 +68,23 @@ def measure(
     frozen_params=sum(x.size for x in leaves),
     trainable_params=trained,
     bytes={
-      'frozen, quantized': size_of([x for x in leaves if is_quantized(x)]),
-      'frozen, dense': size_of([x for x in leaves if not is_quantized(x)]),
-      'trainable': size_of(state.trainable),
-      'optimizer state': size_of(state.opt_state),
+      'frozen, quantized': _on_one([x for x in leaves if is_quantized(x)]),
+      'frozen, dense': _on_one([x for x in leaves if not is_quantized(x)]),
+      'trainable': _on_one(state.trainable),
+      'optimizer state': _on_one(state.opt_state),
       'scratch of a step': memory.temp_size_in_bytes,
     },
     compiled_peak=peak,
     flops=float((compiled.cost_analysis() or {}).get('flops', 0.0)),
   )
+
+
+def _on_one(tree: Any) -> int:
+  """Returns the bytes that one device holds of all arrays of a tree."""
+
+  def size(array: Any) -> int:
+    sharding = getattr(array, 'sharding', None)
+    shape = sharding.shard_shape(array.shape) if sharding else array.shape
+    return math.prod(shape) * array.dtype.itemsize
+
+  return sum(map(size, jax.tree.leaves(tree)))

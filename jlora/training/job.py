@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import Mesh
 from rich.console import Console
 
 from jlora.checkpoints.bases import Base, open_base
@@ -16,9 +17,9 @@ from jlora.core.decompositions import Start
 from jlora.core.description import Description, describe
 from jlora.core.lift import lift
 from jlora.core.partition import partition
-from jlora.core.plan import make_plan
+from jlora.core.plan import is_frozen_leaf, make_plan
 from jlora.core.state import TrainState
-from jlora.core.tree import leaves_by_path, nest
+from jlora.core.tree import arrays_by_path, leaves_by_path, nest
 from jlora.data.batch import Batch
 from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
@@ -27,7 +28,8 @@ from jlora.errors import ConfigError, DataError
 from jlora.models import families
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
-from jlora.parallel.mesh import by_example, make_mesh, replicated
+from jlora.parallel.mesh import by_example, make_mesh
+from jlora.parallel.shardings import Shardings, make_shardings
 from jlora.training.footprint import Footprint, measure
 from jlora.training.optimizers import make_optimizer, make_schedule
 from jlora.training.run_spec import RunSpec
@@ -57,6 +59,7 @@ class Job:
     schedule: Learning rate by step.
     place: Puts a batch on the devices.
     description: What is trained, quantized and frozen.
+    shardings: Where the parameters lie.
     footprint: Parameters and bytes.
   """
 
@@ -77,6 +80,7 @@ class Job:
   schedule: optax.Schedule
   place: Callable[[Batch], Batch]
   description: Description
+  shardings: Shardings
   footprint: Footprint
 
   @property
@@ -113,7 +117,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
     JloraError: Something in base, data or spec does not fit together.
   """
   mesh = make_mesh(spec.mesh.data, spec.mesh.fsdp, spec.mesh.tensor)
-  _check_rows(spec, mesh.devices.size)
+  _check_rows(spec, mesh.shape['data'] * mesh.shape['fsdp'])
   base = open_base(spec.base)
   console.print(base.describe(), highlight=False)
   spec = resolve(spec, base)
@@ -122,25 +126,27 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   loader = make_loader(spec, data)
   steps = _count_steps(spec, loader)
 
-  dtype = compute_dtype(spec.train.dtype)
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
-  key = jax.random.key(spec.seed)
-  frozen, trainable, starts = load_halves(
-    key, base, spec.lora, spec.quant, dtype, starts=starts
-  )
-  tx = make_optimizer(spec.optim, steps, trainable)
-  state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
-  frozen, state = jax.device_put((frozen, state), replicated(mesh))
-  model = Decoder(base.config, dtype=dtype, remat=spec.train.remat)
+  loaded = _load(spec, base, mesh, steps, starts)
+  frozen, state, dtype = loaded.frozen, loaded.state, loaded.dtype
+  gather = loaded.shardings.gather
+  of_frozen = loaded.shardings.frozen(frozen)
+  of_state = loaded.shardings.state(state)
   loss_fn = make_loss(
-    model,
+    Decoder(base.config, dtype=dtype, remat=spec.train.remat),
     spec.lora,
     chunk=spec.train.loss_chunk,
-    frozen_head=_head_is_frozen(trainable, base),
+    frozen_head=_head_is_frozen(state.trainable, base),
+    gather=gather,
   )
   step = make_step(
-    loss_fn, tx, mesh, accumulate=spec.train.accumulate, seed=spec.seed
+    loss_fn,
+    loaded.tx,
+    mesh,
+    accumulate=spec.train.accumulate,
+    seed=spec.seed,
+    placed=(of_state, of_frozen),
   )
 
   def place(batch: Batch) -> Batch:
@@ -164,16 +170,49 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
     steps=steps,
     frozen=frozen,
     state=state,
-    starts=starts,
+    starts=loaded.starts,
     step=compiled,
-    evaluate=make_evaluation(loss_fn, mesh),
-    apply=lift(Decoder(base.config, dtype=dtype).apply),
+    evaluate=make_evaluation(loss_fn, mesh, (of_state.trainable, of_frozen)),
+    apply=lift(Decoder(base.config, dtype=dtype).apply, gather=gather),
     dtype=dtype,
     schedule=make_schedule(spec.optim, steps),
     place=place,
     description=description,
+    shardings=loaded.shardings,
     footprint=measure(frozen, state, compiled, trained=description.parameters),
   )
+
+
+class _Loaded(NamedTuple):
+  """Both halves of the parameters, where they lie: see `Job`."""
+
+  frozen: Any
+  state: TrainState
+  tx: optax.GradientTransformation
+  starts: dict[str, Start]
+  shardings: Shardings
+  dtype: Any
+
+
+def _load(
+  spec: RunSpec, base: Base, mesh: Mesh, steps: int, starts: Starts | None
+) -> _Loaded:
+  """Reads the base, splits it, and puts the state before the first step."""
+  dtype = compute_dtype(spec.train.dtype)
+  shardings = _make_shardings(spec, base, mesh)
+  frozen, trainable, starts = load_halves(
+    jax.random.key(spec.seed),
+    base,
+    spec.lora,
+    spec.quant,
+    dtype,
+    starts=starts,
+    shardings=shardings,
+  )
+  tx = make_optimizer(spec.optim, steps, trainable)
+  state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
+  state = jax.device_put(state, shardings.state(state))
+  return _Loaded(frozen, state, tx, starts, shardings, dtype)
 
 
 def resolve(spec: RunSpec, base: Base) -> RunSpec:
@@ -259,6 +298,14 @@ def _count_steps(spec: RunSpec, loader: Loader) -> int:
   if spec.train.steps is not None:
     return spec.train.steps
   return loader.steps_in(spec.train.epochs)
+
+
+def _make_shardings(spec: RunSpec, base: Base, mesh: Mesh) -> Shardings:
+  """Returns where the parameters lie, from their shapes alone."""
+  shapes = nest(families.shapes(base.config))
+  frozen, _ = partition(jax.random.key(0), shapes, spec.lora, quant=spec.quant)
+  leaves = arrays_by_path(frozen, is_frozen_leaf)
+  return make_shardings(leaves, families.SHARDING, mesh)
 
 
 def _head_is_frozen(trainable: Any, base: Base) -> bool:

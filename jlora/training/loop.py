@@ -54,6 +54,8 @@ def train(
     if job.starts and not continued:
       save_starts(start, job.starts)
     console.print(str(job.description), markup=False)
+    if job.shardings.mesh.size > 1:
+      show_table(console, job.shardings.title(), job.shardings.rows())
     show_table(console, 'one training step', job.footprint.rows())
     progress, metrics = _start(spec, job, folder, checkpoints, console)
     if not _advance(job, folder, checkpoints, progress, metrics, console):

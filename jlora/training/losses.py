@@ -34,7 +34,7 @@ def summed_cross_entropy(
     hidden: [batch, length, embed].
     targets: int [batch, length].
     mask: float [batch, length], the weight of each token.
-    chunk: Tokens a chunk.
+    chunk: Tokens a chunk; as many of each row, and one at least.
     frozen_head: Whether the head's parameters are constants. Its gradient is
       then not formed, and loss and input gradient come from one pass;
       otherwise chunks are rematerialized.
@@ -49,14 +49,19 @@ def summed_cross_entropy(
 def _chunks(
   hidden: jax.Array, targets: jax.Array, mask: jax.Array, chunk: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Cuts flattened tokens into [chunks, chunk, …], padded with zeros."""
-  count = targets.size
-  chunk = min(chunk, count)
+  """Cuts tokens into [chunks, chunk, …], with tokens of every row in each.
+
+  So devices with rows of their own all work on a chunk. It has one token a row
+  at least; what is missing in the last one is zero.
+  """
+  rows, length = targets.shape
+  width = min(max(chunk // rows, 1), length)
 
   def cut(x: jax.Array) -> jax.Array:
-    x = x.reshape(count, *x.shape[2:])
-    padding = [(0, -count % chunk)] + [(0, 0)] * (x.ndim - 1)
-    return jnp.pad(x, padding).reshape(-1, chunk, *x.shape[1:])
+    padding = [(0, 0), (0, -length % width)] + [(0, 0)] * (x.ndim - 2)
+    x = jnp.pad(x, padding).reshape(rows, -1, width, *x.shape[2:])
+    x = x.swapaxes(0, 1)
+    return x.reshape(x.shape[0], rows * width, *x.shape[3:])
 
   return cut(hidden), cut(targets), cut(mask)
 

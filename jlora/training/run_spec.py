@@ -138,19 +138,18 @@ class EvalSpec:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSpec:
-  """How devices are laid out; -1 is what the other axes leave."""
+  """How devices are laid out; -1 is what the other axes leave.
+
+  Attributes:
+    data: Devices that share the rows of a batch, each with all parameters.
+    fsdp: Devices that share the rows and the parameters; a layer's 4-bit codes
+      are brought together where it is computed.
+    tensor: Devices that share each layer's products.
+  """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
-
-  def __post_init__(self) -> None:
-    """Refuses what is not trained yet."""
-    if (self.fsdp, self.tensor) != (1, 1):
-      raise ConfigError(
-        f'mesh.fsdp={self.fsdp}, mesh.tensor={self.tensor}: this version splits'
-        ' the batch only; set both to 1 and use mesh.data'
-      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

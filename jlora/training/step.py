@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 
 from jlora.core.combination import combine
-from jlora.core.lift import lift
+from jlora.core.lift import Gather, lift
 from jlora.core.lora import LoraSpec
 from jlora.core.state import TrainState
 from jlora.data.batch import Batch
@@ -22,7 +22,12 @@ LossFn = Callable[[Any, Any, Batch, jax.Array | None], tuple[Any, Any]]
 
 
 def make_loss(
-  model: Any, spec: LoraSpec, *, chunk: int, frozen_head: bool
+  model: Any,
+  spec: LoraSpec,
+  *,
+  chunk: int,
+  frozen_head: bool,
+  gather: Gather | None = None,
 ) -> LossFn:
   """Returns the summed loss of a batch, as a function of both halves.
 
@@ -31,8 +36,9 @@ def make_loss(
     spec: What is trained.
     chunk: Tokens whose logits exist at once.
     frozen_head: Whether the leaf that makes logits is a constant.
+    gather: As in `jlora.lift`.
   """
-  apply = lift(model.apply)
+  apply = lift(model.apply, gather=gather)
 
   def logits_fn(params: Any, h: jax.Array) -> jax.Array:
     return apply({'params': params}, h, method='logits')
@@ -69,13 +75,14 @@ def make_step(
   *,
   accumulate: int = 1,
   seed: int = 0,
+  placed: tuple[Any, Any] | None = None,
 ) -> Callable[[TrainState, Any, Batch], tuple[TrainState, dict[str, Any]]]:
   """Returns the jitted training step; its first argument is donated.
 
   An update whose gradient is not finite is not applied: the state comes back
   as it was, but for the step count.
-  Put the first state on the mesh (`jax.device_put(state, replicated(mesh))`):
-  a state from elsewhere is traced, and compiled, once more.
+  Put the first state where it belongs (`jax.device_put`): a state from
+  elsewhere is traced, and compiled, once more.
 
   Args:
     loss_fn: From `make_loss`.
@@ -84,6 +91,8 @@ def make_step(
     accumulate: Microbatches a batch is cut into; gradients are summed over
       tokens, so the result does not depend on it.
     seed: Of the dropout.
+    placed: Shardings of the state and of the frozen parameters; None for all
+      of them whole on every device.
 
   Returns:
     A function of state, frozen parameters and batch. It returns the next
@@ -116,10 +125,11 @@ def make_step(
     return new, metrics
 
   everywhere = replicated(mesh)
+  of_state, of_frozen = placed or (everywhere, everywhere)
   return jax.jit(
     step,
-    in_shardings=(everywhere, everywhere, by_example(mesh)),
-    out_shardings=(everywhere, everywhere),
+    in_shardings=(of_state, of_frozen, by_example(mesh)),
+    out_shardings=(of_state, everywhere),
     donate_argnums=0,
   )
 
@@ -156,13 +166,15 @@ def _gradients(
 
 
 def make_evaluation(
-  loss_fn: LossFn, mesh: Mesh
+  loss_fn: LossFn, mesh: Mesh, placed: tuple[Any, Any] | None = None
 ) -> Callable[[Any, Any, Batch], tuple[jax.Array, jax.Array]]:
   """Returns the jitted summed loss and token count, without dropout.
 
   Args:
     loss_fn: From `make_loss`.
     mesh: As in `make_step`.
+    placed: Shardings of the trainable and of the frozen parameters; None for
+      all of them whole on every device.
 
   Returns:
     A function of trainable, frozen and batch.
@@ -170,6 +182,6 @@ def make_evaluation(
   everywhere = replicated(mesh)
   return jax.jit(
     lambda trainable, frozen, batch: loss_fn(trainable, frozen, batch, None),
-    in_shardings=(everywhere, everywhere, by_example(mesh)),
+    in_shardings=(*(placed or (everywhere, everywhere)), by_example(mesh)),
     out_shardings=everywhere,
   )
