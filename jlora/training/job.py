@@ -2,24 +2,21 @@
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh
 from rich.console import Console
 
 from jlora.checkpoints.bases import Base, open_base
-from jlora.checkpoints.placement import load_halves
 from jlora.checkpoints.starts import Starts
 from jlora.core.decompositions import Start
 from jlora.core.description import Description, describe
 from jlora.core.lift import lift
 from jlora.core.partition import partition
-from jlora.core.plan import is_frozen_leaf, make_plan
+from jlora.core.plan import make_plan
 from jlora.core.state import TrainState
-from jlora.core.tree import arrays_by_path, leaves_by_path, nest
+from jlora.core.tree import leaves_by_path, nest
 from jlora.data.batch import Batch
 from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
@@ -27,11 +24,11 @@ from jlora.data.report import show_examples
 from jlora.errors import ConfigError, DataError
 from jlora.models import families
 from jlora.models.decoder import Decoder
-from jlora.parallel.devices import compute_dtype
 from jlora.parallel.mesh import by_example, make_mesh
-from jlora.parallel.shardings import Shardings, make_shardings
+from jlora.parallel.shardings import Shardings
 from jlora.training.footprint import Footprint, measure
-from jlora.training.optimizers import make_optimizer, make_schedule
+from jlora.training.halves import load_halves
+from jlora.training.optimizers import make_schedule
 from jlora.training.run_spec import RunSpec
 from jlora.training.step import make_evaluation, make_loss, make_step
 
@@ -128,7 +125,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
 
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
-  loaded = _load(spec, base, mesh, steps, starts)
+  loaded = load_halves(spec, base, mesh, steps, starts)
   frozen, state, dtype = loaded.frozen, loaded.state, loaded.dtype
   gather = loaded.shardings.gather
   of_frozen = loaded.shardings.frozen(frozen)
@@ -181,38 +178,6 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
     shardings=loaded.shardings,
     footprint=measure(frozen, state, compiled, trained=description.parameters),
   )
-
-
-class _Loaded(NamedTuple):
-  """Both halves of the parameters, where they lie: see `Job`."""
-
-  frozen: Any
-  state: TrainState
-  tx: optax.GradientTransformation
-  starts: dict[str, Start]
-  shardings: Shardings
-  dtype: Any
-
-
-def _load(
-  spec: RunSpec, base: Base, mesh: Mesh, steps: int, starts: Starts | None
-) -> _Loaded:
-  """Reads the base, splits it, and puts the state before the first step."""
-  dtype = compute_dtype(spec.train.dtype)
-  shardings = _make_shardings(spec, base, mesh)
-  frozen, trainable, starts = load_halves(
-    jax.random.key(spec.seed),
-    base,
-    spec.lora,
-    spec.quant,
-    dtype,
-    starts=starts,
-    shardings=shardings,
-  )
-  tx = make_optimizer(spec.optim, steps, trainable)
-  state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
-  state = jax.device_put(state, shardings.state(state))
-  return _Loaded(frozen, state, tx, starts, shardings, dtype)
 
 
 def resolve(spec: RunSpec, base: Base) -> RunSpec:
@@ -298,14 +263,6 @@ def _count_steps(spec: RunSpec, loader: Loader) -> int:
   if spec.train.steps is not None:
     return spec.train.steps
   return loader.steps_in(spec.train.epochs)
-
-
-def _make_shardings(spec: RunSpec, base: Base, mesh: Mesh) -> Shardings:
-  """Returns where the parameters lie, from their shapes alone."""
-  shapes = nest(families.shapes(base.config))
-  frozen, _ = partition(jax.random.key(0), shapes, spec.lora, quant=spec.quant)
-  leaves = arrays_by_path(frozen, is_frozen_leaf)
-  return make_shardings(leaves, families.SHARDING, mesh)
 
 
 def _head_is_frozen(trainable: Any, base: Base) -> bool:
