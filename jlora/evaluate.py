@@ -6,6 +6,7 @@ Prints loss, perplexity and, for tasks with a verifier, exact match of both,
 and writes them to evaluation.json in the run folder.
 """
 
+import dataclasses
 import pathlib
 
 from absl import flags
@@ -25,6 +26,7 @@ def main() -> None:
   spec = runs.load_spec(_RUN.value)
   result = runs.result_of(_RUN.value, spec)
 
+  import jax
   from rich.console import Console
 
   from jlora.checkpoints.adapters import START_FILE
@@ -32,8 +34,11 @@ def main() -> None:
   from jlora.training.evaluation import evaluate_both, load_trained
   from jlora.training.job import build
   from jlora.training.report import to_json
+  from jlora.training.run_spec import MeshSpec
 
   console = Console(soft_wrap=True, highlight=False)
+  if not spec.mesh.fits(jax.device_count()):  # trained on another machine
+    spec = dataclasses.replace(spec, mesh=MeshSpec())
   start = pathlib.Path(_RUN.value) / START_FILE
   job = build(spec, console, load_starts(start) if start.is_file() else None)
   job.check_origin(runs.origin_of(_RUN.value))

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 from typing import Any
 
 from jlora.core.lora import LoraSpec
@@ -150,6 +151,16 @@ class MeshSpec:
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+
+  def fits(self, devices: int) -> bool:
+    """Whether so many devices can be laid out like this."""
+    known = math.prod(n for n in self.sizes if n != -1)
+    return devices % known == 0 if -1 in self.sizes else devices == known
+
+  @property
+  def sizes(self) -> tuple[int, int, int]:
+    """Devices along each axis."""
+    return self.data, self.fsdp, self.tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
