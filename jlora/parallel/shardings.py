@@ -117,7 +117,7 @@ def _devices(mesh: Mesh, names: Iterable[str]) -> int:
   return math.prod(mesh.shape[name] for name in names)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Shardings:
   """Where the parameters of a run lie.
 
