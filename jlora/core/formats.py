@@ -138,11 +138,15 @@ FORMATS = {
 }
 
 
-def dynamic_map() -> np.ndarray:
-  """Returns the 256 levels of the signed 8-bit dynamic format, ascending.
+def dynamic_map(*, signed: bool = True) -> np.ndarray:
+  """Returns the 256 levels of the 8-bit dynamic format, ascending.
 
-  Seven decades, from 1e-6 to 1, hold 1, 2, 4, … 64 levels of each sign: the
-  midpoints of equally spaced boundaries in [0.1, 1]. Zero and one are added.
+  Seven decades, from 1e-6 to 1, hold 1, 2, 4, … 64 levels of each sign, or
+  twice as many without a sign: the midpoints of equally spaced boundaries in
+  [0.1, 1]. Zero and one are added.
+
+  Args:
+    signed: Whether there are negative levels.
 
   Returns:
     float32 [256].
@@ -154,10 +158,10 @@ def dynamic_map() -> np.ndarray:
   """
   levels = [np.float32(0), np.float32(1)]
   for decade in range(7):
-    edges = _boundaries(2**decade + 1)
+    edges = _boundaries(2 ** (decade + (not signed)) + 1)
     means = (edges[1:] + edges[:-1]) / np.float32(2)
     scaled = (np.float32(10.0 ** (decade - 6)) * means).astype(np.float32)
-    levels += [*scaled, *-scaled]
+    levels += [*scaled, *-scaled] if signed else [*scaled]
   return np.sort(np.array(levels, np.float32))
 
 
@@ -172,6 +176,7 @@ def _boundaries(count: int) -> np.ndarray:
 
 
 DYNAMIC = dynamic_map()
+DYNAMIC_UNSIGNED = dynamic_map(signed=False)
 
 
 def midpoints(levels: np.ndarray) -> np.ndarray:

@@ -8,6 +8,7 @@ import optax
 
 from jlora.core.combination import labels
 from jlora.errors import ConfigError
+from jlora.training.adam_8bit import scale_by_adam_8bit
 
 SCHEDULES = ('constant', 'cosine')
 _NOT_DECAYED = ('scale', 'bias', 'magnitude')
@@ -27,6 +28,7 @@ class OptimSpec:
     b1: Decay of Adam's first moment.
     b2: Decay of Adam's second moment.
     eps: Added to the root of Adam's second moment.
+    moment_bits: 32, or 8 for moments that are quantized in blocks.
     lora_plus: Learning rate of the adapters' `b` over that of all else; LoRA+
       takes 16.
 
@@ -42,6 +44,7 @@ class OptimSpec:
   b1: float = 0.9
   b2: float = 0.999
   eps: float = 1e-8
+  moment_bits: int = 32
   lora_plus: float = 1.0
 
   def __post_init__(self) -> None:
@@ -58,6 +61,7 @@ class OptimSpec:
     for field in ('b1', 'b2'):
       self._require(field, 0 <= getattr(self, field) < 1, 'in [0, 1)')
     self._require('eps', 0 < self.eps < inf, 'above 0')
+    self._require('moment_bits', self.moment_bits in (8, 32), '8 or 32')
     ratio = 0 < self.lora_plus < inf
     self._require('lora_plus', ratio, 'above 0 and finite, such as 16')
 
@@ -99,7 +103,10 @@ def make_optimizer(
     trainable: From `jlora.partition`; only its structure is used.
   """
   groups = labels(trainable)
-  adam = optax.scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps)
+  scale_by_adam = optax.scale_by_adam
+  if spec.moment_bits == 8:
+    scale_by_adam = scale_by_adam_8bit
+  adam = scale_by_adam(b1=spec.b1, b2=spec.b2, eps=spec.eps)
   present = sorted(set(jax.tree.leaves(groups)))
   ratios = {
     label: optax.scale(spec.lora_plus if label == 'b' else 1.0)

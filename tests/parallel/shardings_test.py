@@ -13,6 +13,7 @@ from jlora.errors import ConfigError
 from jlora.models import families
 from jlora.parallel.mesh import AXES
 from jlora.parallel.shardings import make_shardings, place
+from jlora.training import adam_8bit
 
 UP = (None, 'fsdp', 'tensor')
 
@@ -135,6 +136,20 @@ def test_moments_lie_where_their_weights_do(halves, shardings):
     assert spec == of_weights[path.partition('/mu/')[2]]
   counts = [spec for path, spec in found.items() if path.endswith('count')]
   assert set(counts) == {PartitionSpec()}
+
+
+def test_codes_of_moments_lie_where_their_weights_do(
+  halves, shardings, monkeypatch
+):
+  monkeypatch.setattr(adam_8bit, 'SMALLEST', 1)
+  tx = adam_8bit.scale_by_adam_8bit()
+  step = jax.ShapeDtypeStruct((), jnp.int32)
+  state = jlora.TrainState(step, halves[1], jax.eval_shape(tx.init, halves[1]))
+  placed = shardings.state(state)
+  assert {x.dtype for x in jax.tree.leaves(state.opt_state.mu)} == {
+    jnp.dtype('uint8')
+  }
+  assert specs(placed.opt_state.mu) == specs(placed.trainable)
 
 
 def test_every_leaf_of_the_family_has_a_line_in_the_table(halves, shardings):

@@ -168,6 +168,18 @@ def test_the_state_holds_two_moments_of_what_is_trained(make_run):
   assert {leaf.dtype for leaf in counters} == {jnp.dtype('int32')}
 
 
+def test_moments_of_eight_bits_take_a_quarter():
+  params = {'k': {'a': jnp.ones((512, 16)), 'b': jnp.ones((16, 512))}}
+
+  def size(bits):
+    tx = make_optimizer(OptimSpec(moment_bits=bits), 10, params)
+    state = jax.eval_shape(tx.init, params)
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+
+  assert size(32) == pytest.approx(8 * 16384, rel=1e-3)
+  assert size(8) == pytest.approx((2 + 8 / 256) * 16384, rel=1e-3)
+
+
 def test_a_plain_flax_train_state_trains_the_trainable_half(
   make_run, make_batch
 ):
