@@ -57,10 +57,10 @@ def lift(
       before that part is used; returns the same, moved. A part is the frozen
       kernel, each time in the forward pass and in the backward pass, as a
       `QuantizedArray` before it is decoded or a plain matrix [in, out], or the
-      `Adapter`, which is differentiated through it. With a sharding constraint in it, codes move between devices
-      where XLA alone would move decoded kernels or activations. The path
-      starts with the argument's position or name:
-      `0/params/layers/mlp/up_proj/kernel`.
+      `Adapter`, which is differentiated through it. With a sharding constraint
+      in it, codes move between devices where XLA alone would move decoded
+      kernels or activations. The path starts with the argument's position or
+      name: `0/params/layers/mlp/up_proj/kernel`.
 
   Returns:
     The lifted function. Its results are plain arrays.
