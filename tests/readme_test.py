@@ -12,8 +12,9 @@ README = pathlib.Path(__file__).parent.parent / 'README.md'
 
 
 def blocks(language: str) -> list[str]:
-  pattern = rf'^```{language}\n(.*?)^```$'
-  return re.findall(pattern, README.read_text(), re.DOTALL | re.MULTILINE)
+  pattern = r'^```(\w*)\n(.*?)^```$'  # all, or an end would begin a block
+  found = re.findall(pattern, README.read_text(), re.DOTALL | re.MULTILINE)
+  return [text for name, text in found if name == language]
 
 
 @pytest.fixture(scope='module')

@@ -54,13 +54,13 @@ def lift(
       rule: 'warn' forms the plain array and warns once, with path and
       operation; 'error' raises.
     gather: Called with the path of a lazy leaf and a part of one layer of it,
-      each time before that part is used, in the forward pass and in the
-      backward pass; returns the same, moved. A part is the frozen kernel, as a
+      before that part is used; returns the same, moved. A part is the frozen
+      kernel, each time in the forward pass and in the backward pass, as a
       `QuantizedArray` before it is decoded or a plain matrix [in, out], or the
-      `Adapter`. With a sharding constraint in it, codes move between devices
-      where XLA alone would move decoded kernels or activations. The path
-      starts with the argument's position or name:
-      `0/params/layers/mlp/up_proj/kernel`.
+      `Adapter`, which is differentiated through it. With a sharding constraint
+      in it, codes move between devices where XLA alone would move decoded
+      kernels or activations. The path starts with the argument's position or
+      name: `0/params/layers/mlp/up_proj/kernel`.
 
   Returns:
     The lifted function. Its results are plain arrays.

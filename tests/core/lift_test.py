@@ -11,6 +11,8 @@ from flax import linen as nn
 from jax.extend import core as jex
 
 import jlora
+from jlora.core.linear import Adapter
+from jlora.core.quantized import QuantizedArray
 from jlora.models.decoder import make_cache
 
 
@@ -210,6 +212,85 @@ def test_no_leaf_of_the_decoder_lacks_a_rule(make_case, config, remat):
     make_cache(config, 2, 8, jnp.float32),
     jnp.int32(0),
     method='decode',
+  )
+
+
+@pytest.fixture(scope='module', params=[False, True], ids=['plain', 'nf4'])
+def scanned(request):
+  """Whether a scanned kernel is quantized; a loss by gather; its inputs."""
+  params = {'kernel': jax.random.normal(jax.random.key(0), (3, 64, 64)) / 8}
+  axes = {'.*': 'layers | in -> out'}
+  spec = jlora.LoraSpec(rank=4, axes=axes)
+  quant = jlora.QuantSpec(axes=axes) if request.param else None
+  frozen, trainable = jlora.partition(
+    jax.random.key(1), params, spec, quant=quant
+  )
+  trainable['kernel']['b'] += 0.1
+
+  def layers(params, x):
+    return jax.lax.scan(lambda h, k: (h @ k, None), x, params['kernel'])[0]
+
+  def loss(gather, trainable, x):
+    apply = jlora.lift(layers, gather=gather)
+    return jnp.sin(apply(jlora.combine(frozen, trainable, spec), x)).sum()
+
+  x = jax.random.normal(jax.random.key(2), (5, 64))
+  return request.param, loss, (trainable, x)
+
+
+def test_gather_is_given_each_part_of_a_layer_in_both_directions(scanned):
+  quantized, loss, inputs = scanned
+  seen = []
+
+  def gather(path, part):
+    is_adapter = isinstance(part, Adapter)
+    shapes = (part.a.shape, part.b.shape) if is_adapter else part.shape
+    seen.append((path, type(part), shapes))
+    return part
+
+  value = functools.partial(loss, gather)
+  jax.eval_shape(value, *inputs)
+  kinds = {kind for _, kind, _ in seen}
+  base = QuantizedArray if quantized else (kinds - {Adapter}).pop()
+  of_base, of_adapter = (
+    ('0/kernel', base, (64, 64)),
+    ('0/kernel', Adapter, ((64, 4), (4, 64))),
+  )
+  assert set(seen) == {of_base, of_adapter}
+  forward = seen.count(of_base)
+  seen.clear()
+  jax.eval_shape(jax.grad(value, (0, 1)), *inputs)
+  assert set(seen) == {of_base, of_adapter}
+  assert seen.count(of_base) > forward
+
+
+def test_a_gather_that_moves_nothing_leaves_the_program_as_it_is(scanned):
+  _, loss, inputs = scanned
+  programs = [
+    str(
+      jax.make_jaxpr(
+        jax.value_and_grad(functools.partial(loss, gather), (0, 1))
+      )(*inputs)
+    )
+    for gather in (None, lambda path, part: part)
+  ]
+  assert programs[0] == programs[1]
+
+
+def test_what_gather_returns_is_what_is_used(scanned):
+  _, loss, (trainable, x) = scanned
+
+  def gather(path, part):
+    del path
+    if isinstance(part, Adapter):
+      return part._replace(b=2 * part.b)
+    return part
+
+  doubled = {
+    'kernel': trainable['kernel'] | {'b': 2 * trainable['kernel']['b']}
+  }
+  np.testing.assert_array_equal(
+    loss(gather, trainable, x), loss(None, doubled, x)
   )
 
 

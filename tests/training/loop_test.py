@@ -8,6 +8,7 @@ import shutil
 import signal
 import types
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from jlora.errors import (
   NonFiniteError,
 )
 from jlora.inference.scorer import Loss
+from jlora.parallel.mesh import make_mesh
 from jlora.training import artifacts, evaluation, loop
 from jlora.training.job import Job
 from jlora.training.report import to_json
@@ -52,6 +54,9 @@ def world(monkeypatch):
       schedule=lambda step: spec.optim.learning_rate,
       description='',
       starts={},
+      shardings=types.SimpleNamespace(
+        mesh=make_mesh(devices=jax.devices()[:1])
+      ),
       footprint=types.SimpleNamespace(rows=lambda: []),
     )
     job.check_origin = functools.partial(Job.check_origin, job)
