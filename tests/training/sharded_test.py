@@ -67,10 +67,10 @@ def test_training_is_that_of_one_device(case, mesh):
   ],
 )
 def test_no_quantized_kernel_moves_as_floats(config, sides, mesh):
-  kernels = {tuple(sorted(shape)) for shape in sides}
+  # By their size, for a kernel may move as blocks; 'tensor' leaves it cut.
+  kernels = {math.prod(shape) // int(mesh[-1]) for shape in sides}
   for dtype, shape in report_of(config, 'nf4')[mesh]['gathered']:
-    real = tuple(sorted(n for n in shape if n > 1))
-    assert dtype == 'u8' or real not in kernels, (dtype, shape)
+    assert dtype == 'u8' or math.prod(shape) not in kernels, (dtype, shape)
 
 
 # Where every kernel is cut as its rule says. The sizes do not depend on the
