@@ -26,6 +26,7 @@ TEMPLATE = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items):
   """Keeps together, on one of several workers, what shares a fixture.
 
