@@ -34,6 +34,7 @@ def pytest_collection_modifyitems(items):
   programs; each of the others is its own.
   """
   shared = {item.path for item in items if 'commands' in item.fixturenames}
+  items.sort(key=lambda item: item.path not in shared)  # the longest first
   for item in items:
     group = 'commands' if item.path in shared else item.path.stem
     item.add_marker(pytest.mark.xdist_group(group))
