@@ -84,7 +84,6 @@ def _write_peft(tuned: 'Tuned', out: pathlib.Path) -> None:
     tuned.base.config,
     base_name=tuned.base.name,
     metadata=tuned.metadata,
-    initial=tuned.initial,
     starts=tuned.starts,
   )
 

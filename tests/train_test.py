@@ -163,7 +163,11 @@ def test_an_init_that_changes_the_base_is_the_same_in_every_process(
   commands, tmp_path
 ):
   run, written = tmp_path / 'run', tmp_path / 'peft'
-  flags = ('--config.lora.init=pissa', '--config.train.steps=2')
+  flags = (
+    '--config.lora.init=pissa',
+    '--config.lora.variant=dora',
+    '--config.train.steps=2',
+  )
   ended = commands.train(run, *flags)
   assert (ended.rc, ended.stderr) == (0, '')
   assert commands.run('evaluate', f'--run={run}').rc == 0

@@ -23,7 +23,12 @@ from jlora.checkpoints.peft_leaves import base_layouts, make_layouts
 from jlora.checkpoints.peft_modules import make_modules
 from jlora.checkpoints.peft_selection import select, spec_of
 from jlora.checkpoints.peft_tensors import load_tensors
-from jlora.checkpoints.starts import Starts, load_starts, to_bytes
+from jlora.checkpoints.starts import (
+  Starts,
+  first_pairs,
+  load_starts,
+  to_bytes,
+)
 from jlora.core import tree
 from jlora.core.lora import LoraSpec
 from jlora.errors import AdapterError
@@ -57,7 +62,7 @@ def save_adapter(
     metadata: Written to `jlora_metadata.json`, such as `base_sha256`, beside
       the fields of `spec` under `lora`.
     initial: The low-rank pairs of `trainable` before training; needed where
-      the init changed the base, and not used elsewhere.
+      the init changed the base and there is no `starts`, not used elsewhere.
     starts: How they started, by path, from `load_halves`; with it, jlora takes
       the same part out of the base again where the init was LoftQ.
 
@@ -78,13 +83,14 @@ def save_adapter(
     )
   nodes = _nodes(trainable, layouts)
   if spec.changes_base:
-    if initial is None:
+    initial = initial or first_pairs(starts or {})
+    if not initial:
       raise AdapterError(
         f'the init {spec.init!r} took a part of the base out, which the base'
         ' of a user of PEFT still has; pass initial=, the adapters before'
         ' training, and plain LoRA of twice the rank is written'
       )
-    nodes = add_initial(layouts, nodes, _initial_nodes(initial, layouts))
+    nodes = add_initial(layouts, nodes, _initial_nodes(initial, nodes, layouts))
     layouts = twice_the_rank(layouts)
     selection = selection.doubled()
   fields = peft_config.make_fields(selection, base, base_name)
@@ -119,12 +125,13 @@ def _nodes(
 
 
 def _initial_nodes(
-  initial: Mapping[str, Any], layouts: Mapping[str, Layout]
+  initial: Mapping[str, Any],
+  nodes: Mapping[str, Node],
+  layouts: Mapping[str, Layout],
 ) -> dict[str, Node]:
-  """Returns the pairs before training, whatever else the tree holds."""
-  pairs = only_pairs(layouts)
-  nodes = tree.nodes_by_path(initial)
-  found = {path: nodes[path] for path in pairs if path in nodes}
+  """Returns the nodes with the pairs before training in them."""
+  pairs, began = only_pairs(layouts), tree.nodes_by_path(initial)
+  found = {p: {**nodes[p], **began[p]} for p in pairs if p in began}
   return _nodes(tree.nest(found), pairs)
 
 

@@ -7,15 +7,26 @@ machine, would leave a part that quantizes to other codes.
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from jlora.core.decompositions import Start
+from jlora.core.tree import nest
 from jlora.errors import AdapterError
 
 Starts = Mapping[str, Start]
+
+
+def first_pairs(starts: Starts) -> dict[str, Any]:
+  """Returns the low-rank pairs that training began with, as a tree.
+
+  Args:
+    starts: By the kernel's path.
+  """
+  return nest({path: {'a': x.a, 'b': x.b} for path, x in starts.items()})
 
 
 def to_bytes(starts: Starts) -> bytes:

@@ -66,7 +66,19 @@ def make_split(
     )
   rest = {path: x for path, x in leaves.items() if path not in plan.full}
   quantized = select_whole(rest, quant) if quant else {}
+  if spec and spec.init == 'loftq':
+    _check_quantized(plan, quantized)
   return Split(spec, plan, quant, quantized)
+
+
+def _check_quantized(plan: Plan, quantized: Mapping[str, Any]) -> None:
+  for path in plan.adapted:
+    if path not in quantized:
+      raise ConfigError(
+        "lora.init 'loftq' starts from the error of quantization, and"
+        f' {path!r} is not quantized; let quant cover it, exclude it from'
+        " lora.targets, or use 'pissa'"
+      )
 
 
 def _check_rank(path: str, adapted: Adapted) -> None:
@@ -126,18 +138,18 @@ def split_leaf(
     return Halves(whole, {'full': _as_float32(leaf)})
   node, dtype = {}, dtype or leaf.dtype
   adapted = plan.adapted.get(path)
+  changed = adapted is not None and split.spec.changes_base
   if path in plan.rows:
     node = {'rows': _rows(leaf, plan.rows[path])}
   if adapted is not None:
     start = start or _start(split, key, path, leaf)
     node = {'a': start.a, 'b': start.b}
-    if split.spec.changes_base:
+    if changed:
       leaf = _take_out(leaf, start, adapted)
   frozen = _freeze(split, path, leaf, dtype)
   if adapted is not None and adapted.dora:
     plain = dataclasses.replace(adapted, dora=False)
     node['magnitude'] = _magnitude(adapt(path, frozen, node, plain))
-  changed = adapted is not None and split.spec.changes_base
   return Halves(frozen, node, start if changed else None)
 
 
@@ -162,12 +174,6 @@ def _start(split: Split, key: jax.Array, path: str, leaf: Any) -> Start:
       raise ConfigError(
         f'lora.init {spec.init!r} takes a part out of the dense kernel, but'
         f' {path!r} is quantized; pass dense params and quant=QuantSpec(…)'
-      )
-    if spec.init == 'loftq' and path not in split.quantized:
-      raise ConfigError(
-        "lora.init 'loftq' starts from the error of quantization, and"
-        f' {path!r} is not quantized; let quant cover it, exclude it from'
-        " lora.targets, or use 'pissa'"
       )
     kernel = to_matrices(leaf, roles)
     if path in split.quantized:

@@ -42,9 +42,8 @@ class Tuned:
     base: The base model.
     frozen: Its parameters, without the leaves that the adapter replaces.
     trainable: The adapter's parameters; empty without one.
-    initial: Its low-rank pairs before training, where they began as a part of
-      the base; else None.
-    starts: How these started, by path; else empty.
+    starts: How its low-rank pairs started, by path, where they began as a part
+      of the base; else empty.
     spec: What was trained; None without an adapter.
     quant: How the base is quantized here, or None.
     dtype: What it computes in.
@@ -55,7 +54,6 @@ class Tuned:
   base: Base
   frozen: Any
   trainable: dict[str, Any]
-  initial: dict[str, Any] | None
   starts: Starts
   spec: LoraSpec | None
   quant: QuantSpec | None
@@ -106,7 +104,7 @@ def load_tuned(
   compute = compute_dtype(dtype)
   if adapter_folder is None:
     quant = quant and families.resolve(quant, base.config)
-    parts = _Parts(load_frozen(base, quant, compute), {}, None, None, {})
+    parts = _Parts(load_frozen(base, quant, compute), {}, None, {})
     return _tuned(base, parts, quant, compute, {})
   adapter = load_adapter(pathlib.Path(adapter_folder), base.config)
   same = check_fingerprint(
@@ -131,7 +129,6 @@ class _Parts(NamedTuple):
   frozen: Any
   trainable: dict[str, Any]
   spec: LoraSpec | None
-  initial: dict[str, Any] | None
   starts: Starts
 
 
@@ -146,7 +143,6 @@ def _tuned(
     base=base,
     frozen=parts.frozen,
     trainable=jax.tree.map(jnp.asarray, parts.trainable),
-    initial=parts.initial,
     starts=parts.starts,
     spec=parts.spec,
     quant=quant,
@@ -163,7 +159,7 @@ def _put_beside(
   spec = adapter.spec
   frozen = load_frozen(base, quant, dtype, whole=spec.train_full)
   check_base_leaves(adapter, frozen)
-  return _Parts(frozen, adapter.trainable, spec, None, {})
+  return _Parts(frozen, adapter.trainable, spec, {})
 
 
 def _can_start_again(adapter: Adapter) -> bool:
@@ -190,7 +186,7 @@ def _start_again(
   }
   key = jax.random.key(0)  # these inits draw nothing
   frozen, _, starts = load_halves(key, base, spec, quant, dtype, starts=starts)
-  return _Parts(frozen, trained, spec, initial, starts)
+  return _Parts(frozen, trained, spec, starts)
 
 
 def _trained_quant(

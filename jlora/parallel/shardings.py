@@ -200,8 +200,8 @@ class Shardings:
     """Brings a part of one layer to all devices with rows of their own.
 
     What `lift` takes as `gather`: codes are moved and decoded on each device,
-    where XLA alone would move decoded kernels, or activations. A kernel whose
-    outputs are cut along an axis of rows, as a large vocabulary is, stays.
+    where XLA alone would move decoded kernels, or activations. Cuts along
+    'tensor' stay.
     """
     if self.mesh.size == 1:
       return part

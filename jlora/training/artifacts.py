@@ -16,7 +16,6 @@ from jlora.checkpoints.hf import save_folder
 from jlora.checkpoints.peft import save_adapter
 from jlora.checkpoints.run_folder import MetricsFile, RunFolder
 from jlora.core.combination import merge
-from jlora.core.tree import nest
 from jlora.training import report
 from jlora.training.evaluation import prompted
 from jlora.training.job import Job
@@ -61,7 +60,6 @@ def save_trained(
       'quantization': quantization(job),
       'step': step,
     },
-    initial=nest({p: {'a': x.a, 'b': x.b} for p, x in job.starts.items()}),
     starts=job.starts,
   )
 

@@ -13,8 +13,8 @@ from jlora.checkpoints.starts import Starts
 from jlora.core.decompositions import Start
 from jlora.core.description import Description, describe
 from jlora.core.lift import lift
-from jlora.core.partition import partition
 from jlora.core.plan import make_plan
+from jlora.core.split import make_split
 from jlora.core.state import TrainState
 from jlora.core.tree import leaves_by_path, nest
 from jlora.data.batch import Batch
@@ -158,12 +158,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
     data=data,
     digest=digest((*data.train, *data.eval)),
     loader=loader,
-    held_out=eval_batches(
-      data.eval,
-      batch_size=spec.train.batch_size,
-      max_length=spec.data.max_length,
-      pack=spec.data.pack,
-    ),
+    held_out=_held_out(spec, data),
     steps=steps,
     frozen=frozen,
     state=state,
@@ -206,7 +201,7 @@ def resolve(spec: RunSpec, base: Base) -> RunSpec:
       'quant is set, but lora.train_full takes every leaf, so there is nothing'
       ' to quantize; set quant to None, as experiments/full.py does'
     )
-  partition(jax.random.key(0), nest(shapes), lora, quant=quant)  # or refuses
+  make_split(leaves_by_path(nest(shapes)), lora, quant)  # or refuses
   return dataclasses.replace(spec, lora=lora, quant=quant)
 
 
@@ -246,6 +241,15 @@ def make_loader(spec: RunSpec, data: Prepared) -> Loader:
     max_length=spec.data.max_length,
     pack=spec.data.pack,
     seed=spec.seed,
+  )
+
+
+def _held_out(spec: RunSpec, data: Prepared) -> list[Batch]:
+  return eval_batches(
+    data.eval,
+    batch_size=spec.train.batch_size,
+    max_length=spec.data.max_length,
+    pack=spec.data.pack,
   )
 
 

@@ -47,7 +47,6 @@ def make_adapter(tiny_base, tmp_path_factory):
       base.config,
       base_name=base.name,
       metadata=metadata,
-      initial=initial,
       starts=starts,
     )
     return (frozen, trained, spec), folder
