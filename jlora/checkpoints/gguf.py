@@ -79,15 +79,26 @@ class GgufFile:
     alignment = self.metadata.get('general.alignment', 32)
     self.tensors = header.read_tensors(alignment)
 
-  def read(self, name: str, dtype: np.dtype | type = np.float32) -> np.ndarray:
-    """Returns a tensor dequantized.
+  def read(
+    self,
+    name: str,
+    dtype: np.dtype | type = np.float32,
+    *,
+    rows: Any = slice(None),
+    columns: slice = slice(None),
+  ) -> np.ndarray:
+    """Returns a tensor, or a part of it, dequantized.
 
     Args:
       name: A key of `tensors`.
       dtype: What the float32 values are rounded to.
+      rows: A slice or indices along the first axis of a tensor with two; no
+        other rows are read.
+      columns: A slice along its second axis; the others are dropped as soon
+        as a few rows are dequantized.
 
     Returns:
-      An array of the tensor's shape.
+      An array of the part's shape.
 
     Raises:
       BaseModelError: The encoding is unknown to the `gguf` package.
@@ -95,20 +106,21 @@ class GgufFile:
     info = self.tensors[name]
     data = np.frombuffer(self._bytes, np.uint8, info.size, info.offset)
     row = info.shape[-1] if info.shape else 1
-    data = data.reshape(math.prod(info.shape) // row, -1)
-    out = np.empty((len(data), row), dtype)
+    data = data.reshape(math.prod(info.shape) // row, -1)[rows]
+    out = np.empty((len(data), len(range(row)[columns])), dtype)
     step = max(1, _CHUNK // row)
     for start in range(0, len(data), step):
       part = data[start : start + step]
       try:
-        out[start : start + step] = gguf.quants.dequantize(part, info.kind)
+        values = gguf.quants.dequantize(part, info.kind)
       except NotImplementedError as error:
         raise BaseModelError(
           f'{self.path}: {name} is encoded as {info.kind.name}, which this'
           ' version of the gguf package does not decode; use another file of'
           ' the model, such as Q8_0 or Q4_K_M'
         ) from error
-    return out.reshape(info.shape)
+      out[start : start + step] = values[:, columns]
+    return out if len(info.shape) == 2 else out.reshape(info.shape)
 
 
 class _Header:

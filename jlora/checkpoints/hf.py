@@ -21,6 +21,7 @@ from jlora.checkpoints.shards import (
   write_tensors,
 )
 from jlora.checkpoints.weights import (
+  Index,
   check_sizes,
   check_tensors,
   listed,
@@ -104,11 +105,20 @@ class HfModel:
     """Loads the tokenizer of the folder."""
     return tokenizers.from_folder(self.folder)
 
-  def read(self, module: str, dtype: np.dtype | type) -> np.ndarray:
-    """Returns the weight of a module as stored, rounded to `dtype`."""
+  def read(
+    self, module: str, dtype: np.dtype | type, index: Index | None = None
+  ) -> np.ndarray:
+    """Returns a weight, or a part of it, as stored and rounded to `dtype`.
+
+    Args:
+      module: Such as `model.layers.3.self_attn.q_proj`.
+      dtype: What the values are rounded to.
+      index: One slice an axis, which is all that is read; None is everything.
+    """
     name = f'{module}.weight'
     with safetensors.safe_open(self._files[name], 'numpy') as file:
-      return file.get_tensor(name).astype(dtype, copy=False)
+      part = file.get_slice(name)[index] if index else file.get_tensor(name)
+      return part.astype(dtype, copy=False)
 
   def _check_tensors(self) -> set[str]:
     """Checks all headers against the config and returns the dtypes."""

@@ -23,6 +23,7 @@ import numpy as np
 from jlora.checkpoints import tokenizers
 from jlora.checkpoints.gguf import GgufFile
 from jlora.checkpoints.weights import (
+  Index,
   check_sizes,
   check_tensors,
   stored_shapes,
@@ -103,19 +104,34 @@ class GgufModel:
     kind = counts.most_common(1)[0][0]
     return kind if kind in ('F32', 'F16', 'BF16') else f'dequantized {kind}'
 
-  def read(self, module: str, dtype: np.dtype | type) -> np.ndarray:
-    """Returns a module's weight as Hugging Face lays it out.
+  def read(
+    self, module: str, dtype: np.dtype | type, index: Index | None = None
+  ) -> np.ndarray:
+    """Returns a weight, or a part of it, as Hugging Face lays it out.
 
     Args:
       module: Such as `model.layers.3.self_attn.q_proj`.
       dtype: What the dequantized values are rounded to.
+      index: One slice an axis; of the others, no row is read. None is
+        everything.
     """
-    weight = self.file.read(self._name(module), dtype)
-    if module.endswith('.self_attn.q_proj'):
-      return unpermute(weight, self.config.heads)
-    if module.endswith('.self_attn.k_proj'):
-      return unpermute(weight, self.config.kv_heads)
-    return weight
+    name = self._name(module)
+    if len(self.file.tensors[name].shape) < 2:
+      weight = self.file.read(name, dtype)
+      return weight[index] if index else weight
+    rows, columns = index or (slice(None),) * 2
+    for kind, heads in self._rotary_heads.items():
+      if module.endswith(kind):
+        rows = rotary_rows(self.file.tensors[name].shape[0], heads)[rows]
+    return self.file.read(name, dtype, rows=rows, columns=columns)
+
+  @property
+  def _rotary_heads(self) -> dict[str, int]:
+    """Heads of the weights whose rows llama.cpp gives another order."""
+    return {
+      '.self_attn.q_proj': self.config.heads,
+      '.self_attn.k_proj': self.config.kv_heads,
+    }
 
   @functools.cached_property
   def _names(self) -> gguf.TensorNameMap:
@@ -134,19 +150,21 @@ class GgufModel:
     check_tensors(self.file.path, found, wanted)
 
 
-def unpermute(weight: np.ndarray, heads: int) -> np.ndarray:
-  """Undoes the order of rows that llama.cpp gives to queries and keys.
+def rotary_rows(rows: int, heads: int) -> np.ndarray:
+  """Returns where llama.cpp keeps the rows of queries and keys.
+
+  In each of its heads the features i and i + head_dim / 2 of a rotary pair
+  lie side by side.
 
   Args:
-    weight: [heads * head_dim, in]; in each head the features i and
-      i + head_dim / 2 of a rotary pair lie side by side.
+    rows: heads * head_dim.
     heads: Query heads for a query projection, else key-value heads.
 
   Returns:
-    The same rows in the rotate-half order of Hugging Face.
+    int [rows]: the place of each row of Hugging Face's rotate-half order.
   """
-  pairs = weight.reshape(heads, -1, 2, weight.shape[1])
-  return pairs.swapaxes(1, 2).reshape(weight.shape)
+  places = np.arange(rows).reshape(heads, -1, 2)
+  return places.swapaxes(1, 2).reshape(-1)
 
 
 def _read_config(file: GgufFile) -> DecoderConfig:

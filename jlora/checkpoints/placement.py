@@ -1,19 +1,29 @@
 """A base's parameters on their way from disk to where they are used."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.checkpoints import pieces
 from jlora.checkpoints.bases import Base
 from jlora.checkpoints.starts import Starts
+from jlora.checkpoints.weights import StoredLeaf
 from jlora.core.decompositions import Start
 from jlora.core.lora import LoraSpec
+from jlora.core.plan import Placeholder, Rows, is_frozen_leaf
 from jlora.core.quantization import QuantSpec
-from jlora.core.split import make_split, split_leaf
-from jlora.core.tree import nest
+from jlora.core.split import (
+  Halves,
+  Split,
+  find_start,
+  magnitude,
+  make_split,
+  split_leaf,
+)
+from jlora.core.tree import leaves_by_path, nest, nodes_by_path
 from jlora.models import families
 from jlora.parallel.shardings import Shardings
 
@@ -30,8 +40,11 @@ def load_halves(
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Start]]:
   """Reads a base leaf by leaf and splits each one as it arrives.
 
-  The dense form of a quantized leaf is dropped before the next is read. The
-  result is that of `jlora.partition` on the whole base, in another dtype.
+  A process reads the pieces that its devices hold, one layer at a time, and
+  quantizes them; so it never has a kernel whole that is cut over several
+  processes. (Decompositions are the exception: an init that changes the base
+  takes each leaf whole.) The result is that of `jlora.partition` on the whole
+  base, in another dtype.
 
   Args:
     key: PRNG key of the adapters.
@@ -52,25 +65,114 @@ def load_halves(
     BaseModelError: A tensor is damaged.
   """
   split = make_split(families.shapes(base.config), spec, quant)
-  starts = starts or {}
   trained, found = {}, {}
 
-  def place(path: str, leaf: Any) -> Any:
-    start, leaf = starts.get(path), jnp.asarray(leaf)
-    half = split_leaf(split, key, path, leaf, dtype=dtype, start=start)
-    frozen = half.frozen
-    if shardings is not None:
-      frozen = jax.device_put(frozen, shardings.of_leaf(path, frozen))
+  def place(path: str, leaf: StoredLeaf) -> Any:
+    if path in split.plan.adapted and spec.changes_base:
+      start = (starts or {}).get(path)
+      half = _split_whole(split, key, leaf, dtype, start, shardings)
+      # Copies: training takes the arrays themselves.
+      found[path] = jax.tree.map(np.array, half.start)
+    else:
+      half = _split_pieces(split, leaf, dtype, shardings)
     if half.trained:
       trained[path] = half.trained
-    if half.start is not None:  # copies: training takes the arrays themselves
-      found[path] = jax.tree.map(np.array, half.start)
-    return jax.block_until_ready(frozen)
+    return jax.block_until_ready(half.frozen)
 
-  frozen, trainable = base.load_params(place=place), nest(trained)
-  if shardings is not None:
-    trainable = jax.device_put(trainable, shardings.trainable(trainable))
-  return frozen, trainable, found
+  frozen = base.load_params(place=place)
+  trained = _complete(split, key, frozen, trained, shardings)
+  return frozen, trained, found
+
+
+def _split_whole(
+  split: Split,
+  key: jax.Array,
+  leaf: StoredLeaf,
+  dtype: Any,
+  start: Start | None,
+  shardings: Shardings | None,
+) -> Halves:
+  """Splits a leaf that a decomposition needs whole, then cuts its halves."""
+  whole = jnp.asarray(leaf.read())
+  half = split_leaf(split, key, leaf.path, whole, dtype=dtype, start=start)
+  if shardings is None:
+    return half
+  frozen = pieces.spread(half.frozen, shardings.of_leaf(leaf.path, half.frozen))
+  trained = {
+    kind: pieces.spread(x, shardings.of_trained(leaf.path, kind, x.shape))
+    for kind, x in half.trained.items()
+  }
+  return Halves(frozen, trained, half.start)
+
+
+def _split_pieces(
+  split: Split, leaf: StoredLeaf, dtype: Any, shardings: Shardings | None
+) -> Halves:
+  """Splits a leaf as its pieces are read; what adapters add comes later."""
+  path, trained = leaf.path, {}
+
+  def sharding(kind: str, shape: tuple[int, ...]) -> Any:
+    return shardings and shardings.of_trained(path, kind, shape)
+
+  if path in split.plan.full:
+    of_full = sharding('full', leaf.shape)
+    trained['full'] = pieces.place_dense(leaf, jnp.float32, of_full)
+    return Halves(Placeholder(leaf.shape, jnp.dtype(leaf.dtype)), trained)
+  if path in split.plan.rows:
+    rows = _read_rows(leaf, split.plan.rows[path])
+    trained['rows'] = pieces.spread(rows, sharding('rows', rows.shape))
+  return Halves(_freeze(split, leaf, dtype, shardings), trained)
+
+
+def _freeze(
+  split: Split, leaf: StoredLeaf, dtype: Any, shardings: Shardings | None
+) -> Any:
+  """Returns a leaf as the frozen half holds it."""
+  if leaf.path not in split.quantized:
+    cuts = shardings and shardings.of_leaf(leaf.path, leaf)
+    return pieces.place_dense(leaf, dtype, cuts)
+  roles, quant = split.quantized[leaf.path], split.quant
+  cuts = shardings and shardings.of_leaf(
+    leaf.path, pieces.quantized_shape(leaf, roles, quant)
+  )
+  codes = pieces.place_quantized(leaf, roles, quant, cuts)
+  return codes.astype(quant.dtype or dtype)
+
+
+def _read_rows(leaf: StoredLeaf, rows: Rows) -> np.ndarray:
+  """Returns the rows that are trained, float32 [n, dim]."""
+  leaf, whole = leaf.rounded(np.float32), slice(None)
+  cuts = (slice(i, i + 1) for i in rows.ids)
+  if rows.axis == 'in':
+    return np.concatenate([leaf.read((cut, whole)) for cut in cuts])
+  return np.concatenate([leaf.read((whole, cut)).T for cut in cuts])
+
+
+def _complete(
+  split: Split,
+  key: jax.Array,
+  frozen: dict[str, Any],
+  trained: dict[str, Any],
+  shardings: Shardings | None,
+) -> dict[str, Any]:
+  """Returns the trainable half, with the adapters that no kernel decides."""
+  fresh = [path for path in split.plan.adapted if path not in trained]
+  kernels = leaves_by_path(frozen, is_frozen_leaf)
+
+  def draw(key: jax.Array, kernels: Mapping[str, Any]) -> dict[str, Any]:
+    nodes = {}
+    for path in fresh:
+      start = find_start(split, key, path)
+      node = {'a': start.a, 'b': start.b}
+      if split.plan.adapted[path].dora:
+        node['magnitude'] = magnitude(split, path, kernels[path], node)
+      nodes[path] = node
+    return nest(nodes)
+
+  if fresh and shardings is not None:
+    shapes = jax.eval_shape(draw, key, kernels)
+    draw = jax.jit(draw, out_shardings=shardings.trainable(shapes))
+  return nest(trained | nodes_by_path(draw(key, kernels)))
 
 
 def load_frozen(

@@ -1,7 +1,7 @@
 """Weights on their way from a file to a decoder's tree, one leaf at a time."""
 
 import math
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,7 +11,7 @@ from jlora.errors import BaseModelError
 from jlora.models import families
 from jlora.models.config import DecoderConfig
 
-Place = Callable[[str, np.ndarray], Any]
+Index = tuple[slice, ...]  # one slice an axis, of step 1
 _SIZES = {
   'vocab_size': 1 << 24,
   'hidden_size': 1 << 20,
@@ -30,8 +30,100 @@ class Source(Protocol):
 
   config: DecoderConfig
 
-  def read(self, module: str, dtype: np.dtype | type) -> np.ndarray:
-    """Returns the weight of `module`, `[out, in]` for a linear layer."""
+  def read(
+    self, module: str, dtype: np.dtype | type, index: Index | None = None
+  ) -> np.ndarray:
+    """Returns the weight of `module`, `[out, in]` for a linear layer.
+
+    Only what `index` names is read from disk; None is all of it.
+    """
+
+
+class StoredLeaf:
+  """A leaf of the parameters that is still in its file.
+
+  Attributes:
+    path: The leaf's path.
+    shape: Its shape, the axis over layers included.
+    stacked: Whether it has that axis.
+    dtype: What its values are rounded to as they are read.
+  """
+
+  def __init__(self, source: Source, weight: families.Weight, dtype: Any):
+    """Takes the leaf's place in a source; nothing is read.
+
+    Args:
+      source: Where the weights are.
+      weight: The leaf's names.
+      dtype: What its values are rounded to.
+    """
+    self.path = weight.path
+    self.shape = weight.shape
+    self.stacked = weight.stacked
+    self.dtype = np.dtype(dtype)
+    self._source = source
+    self._weight = weight
+
+  def rounded(self, dtype: Any) -> 'StoredLeaf':
+    """Returns the same leaf with another dtype."""
+    return StoredLeaf(self._source, self._weight, dtype)
+
+  def layers(self, index: Index | None = None) -> Iterator[np.ndarray]:
+    """Yields a part of each layer, or of the one array that is not stacked.
+
+    Args:
+      index: One slice for each axis of the leaf, layers included; None is the
+        whole leaf. Nothing else is read from disk.
+
+    Raises:
+      BaseModelError: A value is NaN or infinite.
+    """
+    index = index or (slice(None),) * len(self.shape)
+    modules = self._weight.modules
+    if self.stacked:
+      modules, index = modules[index[0]], index[1:]
+    for module in modules:
+      yield self._read(module, index)
+
+  def read(self, index: Index | None = None) -> np.ndarray:
+    """Returns a part of the leaf as one array.
+
+    Args:
+      index: As in `layers`.
+
+    Raises:
+      BaseModelError: A value is NaN or infinite.
+    """
+    if not self.stacked:
+      return next(self.layers(index))
+    wanted = range(len(self._weight.modules))
+    count = len(wanted[index[0]]) if index else len(wanted)
+    leaf = None
+    for i, layer in enumerate(self.layers(index)):
+      if leaf is None:
+        leaf = np.empty((count, *layer.shape), self.dtype)
+      leaf[i] = layer
+    return leaf
+
+  def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+    """Reads the whole leaf."""
+    del copy
+    return self.read().astype(dtype or self.dtype, copy=False)
+
+  def _read(self, module: str, index: Index) -> np.ndarray:
+    transposed = self._weight.transposed
+    stored = index[::-1] if transposed else index
+    tensor = self._source.read(module, self.dtype, stored)
+    bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
+    if bad:
+      raise BaseModelError(
+        f'{module}.weight holds {bad} values that are NaN or infinite as'
+        f' {self.dtype}; the file is damaged, or the dtype too narrow'
+      )
+    return tensor.T if transposed else tensor
+
+
+Place = Callable[[str, StoredLeaf], Any]
 
 
 def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
@@ -128,10 +220,8 @@ def load_params(
   Args:
     source: Where the weights are.
     dtype: What they are rounded to.
-    place: Called with each leaf's path and array; what it returns goes into
-      the tree. The array is dropped before the next leaf is read, so with a
-      `place` that quantizes, the host never holds more than the largest leaf
-      beside what is kept.
+    place: Called with each leaf's path and the leaf, which it reads as far as
+      it wants; what it returns goes into the tree. None reads all.
 
   Returns:
     The nested dict that `jlora.models.decoder` describes.
@@ -141,31 +231,6 @@ def load_params(
   """
   leaves = {}
   for weight in families.weights(source.config):
-    leaf = _read_leaf(source, weight, np.dtype(dtype))
-    leaf = leaf if place is None else place(weight.path, leaf)
-    leaves[weight.path] = leaf
+    leaf = StoredLeaf(source, weight, dtype)
+    leaves[weight.path] = place(weight.path, leaf) if place else leaf.read()
   return nest(leaves)
-
-
-def _read_leaf(
-  source: Source, weight: families.Weight, dtype: np.dtype
-) -> np.ndarray:
-  if not weight.stacked:
-    return _read_one(source, weight.modules[0], weight, dtype)
-  leaf = np.empty(weight.shape, dtype)
-  for i, module in enumerate(weight.modules):
-    leaf[i] = _read_one(source, module, weight, dtype)
-  return leaf
-
-
-def _read_one(
-  source: Source, module: str, weight: families.Weight, dtype: np.dtype
-) -> np.ndarray:
-  tensor = source.read(module, dtype)
-  bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
-  if bad:
-    raise BaseModelError(
-      f'{module}.weight holds {bad} values that are NaN or infinite as'
-      f' {dtype}; the file is damaged, or the dtype too narrow'
-    )
-  return tensor.T if weight.transposed else tensor

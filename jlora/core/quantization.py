@@ -162,6 +162,28 @@ def _quantize_stack(
 
 def _quantize_matrix(kernel: jax.Array, spec: QuantSpec) -> tuple[Any, ...]:
   """Returns codes, scales, scales2 and offset of one [in, out] kernel."""
+  packed, absmax = quantize_blocks(kernel, spec)
+  if not spec.double_quant:
+    return packed, absmax, None, None
+  # The barrier keeps sums over the kernel apart from those over its blocks,
+  # which a part of the kernel knows nothing of: the same bits either way.
+  return packed, *quantize_absmax(jax.lax.optimization_barrier(absmax))
+
+
+@functools.partial(jax.jit, static_argnames='spec')
+def quantize_blocks(
+  kernel: jax.Array, spec: QuantSpec
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the codes of a kernel, or of whole blocks of it, and their absmax.
+
+  Args:
+    kernel: [in, out] of any float dtype.
+    spec: Number format and block size.
+
+  Returns:
+    The packed codes, and the absmax, float32 [in / block, out], as
+    `QuantizedArray` has them.
+  """
   size, out = kernel.shape
   padding = -size % spec.block_size
   kernel = jnp.pad(kernel.astype(jnp.float32), ((0, padding), (0, 0)))
@@ -170,16 +192,20 @@ def _quantize_matrix(kernel: jax.Array, spec: QuantSpec) -> tuple[Any, ...]:
   scaled = blocks * formats.reciprocal(absmax)[:, None]
   number_format = formats.FORMATS[spec.format]
   codes = number_format.encode(scaled).reshape(-1, out)
-  packed = number_format.pack(codes)
-  if not spec.double_quant:
-    return packed, absmax, None, None
-  return packed, *_quantize_scales(absmax)
+  return number_format.pack(codes), absmax
 
 
-def _quantize_scales(
+def quantize_absmax(
   absmax: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-  """Returns 8-bit scales [in / block, out], their scales and their offset."""
+  """Returns the scales of one kernel in 8 bits, their scales and their offset.
+
+  Args:
+    absmax: float32 [in / block, out] of the whole kernel.
+
+  Returns:
+    `scales`, `scales2` and `offset` as `QuantizedArray` has them.
+  """
   offset = absmax.mean()
   flat = (absmax - offset).T.reshape(-1)
   blocks = jnp.pad(flat, (0, -flat.size % NESTED_BLOCK))

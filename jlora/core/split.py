@@ -142,14 +142,13 @@ def split_leaf(
   if path in plan.rows:
     node = {'rows': _rows(leaf, plan.rows[path])}
   if adapted is not None:
-    start = start or _start(split, key, path, leaf)
+    start = start or find_start(split, key, path, leaf)
     node = {'a': start.a, 'b': start.b}
     if changed:
       leaf = _take_out(leaf, start, adapted)
   frozen = _freeze(split, path, leaf, dtype)
   if adapted is not None and adapted.dora:
-    plain = dataclasses.replace(adapted, dora=False)
-    node['magnitude'] = _magnitude(adapt(path, frozen, node, plain))
+    node['magnitude'] = magnitude(split, path, frozen, node)
   return Halves(frozen, node, start if changed else None)
 
 
@@ -164,8 +163,20 @@ def _freeze(split: Split, path: str, leaf: Any, dtype: Any) -> Any:
   return leaf if leaf.dtype == dtype else leaf.astype(dtype)
 
 
-def _start(split: Split, key: jax.Array, path: str, leaf: Any) -> Start:
-  """Returns how the adapter of a kernel starts."""
+def find_start(
+  split: Split, key: jax.Array, path: str, leaf: Any = None
+) -> Start:
+  """Returns how the adapter of a kernel starts.
+
+  Args:
+    split: Of the tree that the kernel is in.
+    key: PRNG key of the whole tree; the kernel folds in its path.
+    path: The kernel's.
+    leaf: The kernel; only an init that changes the base needs it.
+
+  Raises:
+    ConfigError: The init needs what is missing.
+  """
   spec, adapted = split.spec, split.plan.adapted[path]
   roles = adapted.target.roles
   kernel = round_trip = None
@@ -203,11 +214,29 @@ def _round_trip(kernel: jax.Array, quant: QuantSpec) -> jax.Array:
   return dequantize_leaf(codes, jnp.float32)
 
 
-def _magnitude(kernel: LoraArray) -> jax.Array:
-  """Returns the column lengths [*stacked, out], a layer at a time."""
+def magnitude(
+  split: Split, path: str, frozen: Any, node: Mapping[str, jax.Array]
+) -> jax.Array:
+  """Returns the lengths of an adapted kernel's columns, which DoRA trains.
+
+  Args:
+    split: Of the tree that the kernel is in.
+    path: The kernel's.
+    frozen: The kernel as the frozen half has it.
+    node: 'a' and 'b'.
+
+  Returns:
+    float32 [*stacked, out].
+  """
+  plain = dataclasses.replace(split.plan.adapted[path], dora=False)
+  return _lengths(adapt(path, frozen, node, plain))
+
+
+def _lengths(kernel: LoraArray) -> jax.Array:
+  """Returns the lengths of the columns, a layer at a time."""
   if not kernel.stacked:
     return column_lengths(dense_matrix(kernel, jnp.float32))
-  return jax.lax.map(_magnitude, kernel)
+  return jax.lax.map(_lengths, kernel)
 
 
 def _rows(leaf: Any, rows: Rows) -> jax.Array:

@@ -85,29 +85,42 @@ class Loader:
       self._load_epoch(len(self._starts) - 1)
     return bisect.bisect_right(self._starts, step) - 1
 
-  def batch(self, step: int) -> Batch:
-    """Returns the batch of a step.
+  def batch(self, step: int, rows: slice = slice(None)) -> Batch:
+    """Returns the batch of a step, or some of its rows.
 
     Args:
       step: Counts from zero over all epochs.
+      rows: Of the batch; no other row is made.
 
     Returns:
-      NumPy arrays, [batch_size, max_length] each.
+      NumPy arrays, [rows, max_length] each.
 
     Raises:
       DataError: The step is negative.
     """
+    wanted = range(self.batch_size)[rows]
+    return make_batch(
+      [[self._examples[i] for i in row] for row in self._rows_of(step)[rows]],
+      batch_size=len(wanted),
+      max_length=self.max_length,
+    )
+
+  def tokens_in(self, step: int) -> int:
+    """Returns the places of a step's batch that hold a token.
+
+    Args:
+      step: Counts from zero over all epochs.
+    """
+    return int(sum(self._lengths[row].sum() for row in self._rows_of(step)))
+
+  def _rows_of(self, step: int) -> list[list[int]]:
+    """Returns the examples of each row; empty rows at the end are left out."""
     if step < 0:
       raise DataError(f'step {step} is negative; steps count from zero')
     epoch = self.epoch_of(step)
     self._load_epoch(epoch)
     first = (step - self._starts[epoch]) * self.batch_size
-    rows = self._rows[first : first + self.batch_size]
-    return make_batch(
-      [[self._examples[i] for i in row] for row in rows],
-      batch_size=self.batch_size,
-      max_length=self.max_length,
-    )
+    return self._rows[first : first + self.batch_size]
 
   def _load_epoch(self, epoch: int) -> None:
     """Packs an epoch, and those before it whose length is not known."""

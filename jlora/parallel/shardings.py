@@ -164,18 +164,30 @@ class Shardings:
 
     def visit(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
       name, _, kind = tree.join(path).rpartition('/')
-      cuts = self.placements[name].cuts
-      if kind == 'a':
-        cuts = (*cuts[:-1], ())
-      elif kind == 'b':
-        cuts = (*cuts[:-2], (), cuts[-1])
-      elif kind == 'magnitude':
-        cuts = (*cuts[:-2], cuts[-1])
-      elif kind == 'rows':
-        cuts = ((), ())
-      return self._named(self._even(cuts, leaf.shape))
+      return self.of_trained(name, kind, leaf.shape)
 
     return jax.tree_util.tree_map_with_path(visit, trainable)
+
+  def of_trained(
+    self, path: str, kind: str, shape: tuple[int, ...]
+  ) -> NamedSharding:
+    """Returns the sharding of what is trained of one leaf.
+
+    Args:
+      path: The leaf's.
+      kind: What it is: 'a', 'b', 'magnitude', 'full' or 'rows'.
+      shape: Its shape.
+    """
+    cuts = self.placements[path].cuts
+    if kind == 'a':
+      cuts = (*cuts[:-1], ())
+    elif kind == 'b':
+      cuts = (*cuts[:-2], (), cuts[-1])
+    elif kind == 'magnitude':
+      cuts = (*cuts[:-2], cuts[-1])
+    elif kind == 'rows':
+      cuts = ((), ())
+    return self._named(self._even(cuts, shape))
 
   def state(self, state: TrainState) -> TrainState:
     """Returns the shardings of a training state, in a tree like it.

@@ -69,8 +69,13 @@ def load_halves(
     shardings=shardings,
   )
   tx = make_optimizer(spec.optim, steps, trainable)
-  state = TrainState(jnp.int32(0), trainable, tx.init(trainable))
-  state = jax.device_put(state, shardings.state(state))
+
+  def first(trainable: Any) -> TrainState:
+    return TrainState(jnp.int32(0), trainable, tx.init(trainable))
+
+  placed = shardings.state(jax.eval_shape(first, trainable))
+  make = jax.jit(first, out_shardings=placed, donate_argnums=0)
+  state = make(trainable)
   return Halves(frozen, state, tx, starts, shardings, dtype)
 
 

@@ -60,8 +60,8 @@ class Progress:
     """
     step, skipped = self.step, self.skipped
     began = time.perf_counter()
-    batch = job.loader.batch(step)
-    self.state, measured = job.step(self.state, job.frozen, job.place(batch))
+    batch = job.batch(step)
+    self.state, measured = job.step(self.state, job.frozen, batch)
     measured = jax.device_get(measured)
     seconds = time.perf_counter() - began
     self._count(measured, job.spec.train.max_skipped)
@@ -74,7 +74,7 @@ class Progress:
       'learning_rate': float(job.schedule(step - skipped)),
       'skipped': self.skipped,
       'step_seconds': seconds,
-      'tokens_per_s': int((batch.segment_ids > 0).sum()) / seconds,
+      'tokens_per_s': job.loader.tokens_in(step) / seconds,
     }
 
   def _count(self, measured: dict[str, Any], most: int) -> None:
