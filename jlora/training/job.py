@@ -23,14 +23,15 @@ from jlora.data.prepare import Prepared, prepare
 from jlora.data.report import show_examples
 from jlora.errors import ConfigError, DataError
 from jlora.models import families
+from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel.mesh import by_example, make_mesh
 from jlora.parallel.shardings import Shardings
 from jlora.training.footprint import Footprint, measure
 from jlora.training.halves import load_halves
 from jlora.training.optimizers import make_schedule
+from jlora.training.program import make_program
 from jlora.training.run_spec import RunSpec
-from jlora.training.step import make_evaluation, make_loss, make_step
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,10 +115,10 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
     JloraError: Something in base, data or spec does not fit together.
   """
   mesh = make_mesh(spec.mesh.data, spec.mesh.fsdp, spec.mesh.tensor)
-  _check_rows(spec, mesh.shape['data'] * mesh.shape['fsdp'])
+  check_rows(spec, mesh.shape['data'] * mesh.shape['fsdp'])
   base = open_base(spec.base)
   console.print(base.describe(), highlight=False)
-  spec = resolve(spec, base)
+  spec = resolve(spec, base.config)
   data = load_data(spec, base)
   show_examples(data.train, base.tokenizer, data.report, console)
   loader = make_loader(spec, data)
@@ -128,28 +129,12 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   loaded = load_halves(spec, base, mesh, steps, starts)
   frozen, state, dtype = loaded.frozen, loaded.state, loaded.dtype
   gather = loaded.shardings.gather
-  of_frozen = loaded.shardings.frozen(frozen)
-  of_state = loaded.shardings.state(state)
-  loss_fn = make_loss(
-    Decoder(base.config, dtype=dtype, remat=spec.train.remat),
-    spec.lora,
-    chunk=spec.train.loss_chunk,
-    frozen_head=_head_is_frozen(state.trainable, base),
-    gather=gather,
-  )
-  step = make_step(
-    loss_fn,
-    loaded.tx,
-    mesh,
-    accumulate=spec.train.accumulate,
-    seed=spec.seed,
-    placed=(of_state, of_frozen),
-  )
+  program = make_program(spec, base.config, loaded, mesh)
 
   def place(batch: Batch) -> Batch:
     return jax.device_put(batch, by_example(mesh))
 
-  compiled = step.lower(state, frozen, place(loader.batch(0))).compile()
+  compiled = program.step.lower(state, frozen, place(loader.batch(0))).compile()
   shapes = families.shapes(base.config, dtype)
   description = describe(shapes, spec.lora, quant=spec.quant)
   return Job(
@@ -164,7 +149,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
     state=state,
     starts=loaded.starts,
     step=compiled,
-    evaluate=make_evaluation(loss_fn, mesh, (of_state.trainable, of_frozen)),
+    evaluate=program.evaluate,
     apply=lift(Decoder(base.config, dtype=dtype).apply, gather=gather),
     dtype=dtype,
     schedule=make_schedule(spec.optim, steps),
@@ -175,26 +160,26 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   )
 
 
-def resolve(spec: RunSpec, base: Base) -> RunSpec:
+def resolve(spec: RunSpec, config: DecoderConfig) -> RunSpec:
   """Returns the run with presets and axes of its base's family.
 
   Args:
     spec: The resolved config.
-    base: The base that it trains.
+    config: The sizes of the base that it trains.
 
   Raises:
     ConfigError: The rows are longer than the base was trained for, or the
       specs name something that this base does not have.
   """
-  limit = base.config.max_positions
+  limit = config.max_positions
   if spec.data.max_length > limit:
     raise ConfigError(
       f'data.max_length is {spec.data.max_length}, but this base was trained'
       f' for {limit} positions; lower it'
     )
-  quant = spec.quant and families.resolve(spec.quant, base.config)
-  lora = families.resolve(spec.lora, base.config)
-  shapes = families.shapes(base.config)
+  quant = spec.quant and families.resolve(spec.quant, config)
+  lora = families.resolve(spec.lora, config)
+  shapes = families.shapes(config)
   whole = make_plan(shapes, lora).full
   if quant is not None and set(whole) == set(shapes):
     raise ConfigError(
@@ -253,7 +238,16 @@ def _held_out(spec: RunSpec, data: Prepared) -> list[Batch]:
   )
 
 
-def _check_rows(spec: RunSpec, devices: int) -> None:
+def check_rows(spec: RunSpec, devices: int) -> None:
+  """Requires that devices can share the rows of a microbatch.
+
+  Args:
+    spec: The run.
+    devices: How many work on rows of their own.
+
+  Raises:
+    ConfigError: They cannot.
+  """
   rows = spec.train.batch_size // spec.train.accumulate
   if rows % devices:
     raise ConfigError(
@@ -267,8 +261,3 @@ def _count_steps(spec: RunSpec, loader: Loader) -> int:
   if spec.train.steps is not None:
     return spec.train.steps
   return loader.steps_in(spec.train.epochs)
-
-
-def _head_is_frozen(trainable: Any, base: Base) -> bool:
-  head = families.head_path(base.config)
-  return not any(p.startswith(f'{head}/') for p in leaves_by_path(trainable))
