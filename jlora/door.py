@@ -59,19 +59,66 @@ def enter(main: Callable[[], int | None]) -> NoReturn:
       return main() or 0
     except JloraError as error:
       _say(str(error))
-      return error.exit_code
+      return _leave(error.exit_code)
     except OSError as error:
       _say(f'{error}; free or repair what it names, and run again')
-      return 3
+      return _leave(3)
     except KeyboardInterrupt:
       _say('stopped at once; a run continues from its last checkpoint')
-      return _KILLED
+      return _leave(_KILLED)
+    except Exception as error:
+      if not _joined:
+        raise
+      traceback.print_exc()
+      if type(error).__name__ == 'JaxRuntimeError':
+        _say(
+          'another process may have failed, and with it this one; see their'
+          ' messages. The same command continues from the last checkpoint'
+        )
+      return _leave(1)
 
   app.run(guarded, flags_parser=_parse)
 
 
+_joined: list[int] = []  # the index of this process, where there are several
+
+
+def join(
+  coordinator: str | None, processes: int | None, process: int | None
+) -> None:
+  """Connects this process with others that run the same command.
+
+  Args:
+    coordinator: As in `jlora.parallel.processes.connect`.
+    processes: Likewise.
+    process: Likewise.
+
+  Raises:
+    ConfigError: They cannot be connected.
+  """
+  from jlora.parallel.processes import connect
+
+  connect(coordinator, processes, process)
+  import jax
+
+  _joined.append(jax.process_index())
+
+
+def _leave(code: int) -> int:
+  """Returns an exit code, or ends at once where other processes wait.
+
+  They wait for this one, and would for minutes: its end is what tells them.
+  """
+  if _joined:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+  return code
+
+
 def _say(text: str) -> None:
-  print('jlora:', ' '.join(text.split()), file=sys.stderr)
+  who = f'jlora, process {_joined[0]}:' if _joined else 'jlora:'
+  print(who, ' '.join(text.split()), file=sys.stderr)
 
 
 def _show_warning(message: Warning | str, *_: Any) -> None:

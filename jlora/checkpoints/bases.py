@@ -13,6 +13,7 @@ from jlora.checkpoints.llama_cpp import GgufModel
 from jlora.errors import BaseModelError
 from jlora.models import families
 from jlora.models.config import DecoderConfig
+from jlora.parallel import processes
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -63,8 +64,15 @@ class Base:
 
   @functools.cached_property
   def sha256(self) -> str:
-    """Fingerprint of the weights: the digest of the file, or of all shards'."""
-    return self._sha256 or downloads.fingerprint(self.model.paths)
+    """Fingerprint of the weights: the digest of the file, or of all shards'.
+
+    Of several processes, one reads the files, and all ask together.
+    """
+    if self._sha256:
+      return self._sha256
+    first = processes.is_first()
+    found = downloads.fingerprint(self.model.paths) if first else None
+    return processes.from_first(found)
 
   @functools.cached_property
   def tokenizer(self) -> 'PreTrainedTokenizerFast':

@@ -29,23 +29,32 @@ _LOCK = '.lock'
 
 
 class RunFolder:
-  """Paths of a run, and the lock that keeps a second process out of them.
+  """Paths of a run, and the lock that keeps a second run out of them.
 
   A context manager: at its end the lock is given back, and a folder that was
   made and left empty, since the run was refused, is removed.
+
+  Attributes:
+    root: The folder.
+    writes: Whether this process writes into it. Of several that train
+      together the first does; to the others, writing is doing nothing.
   """
 
-  def __init__(self, root: os.PathLike[str] | str):
+  def __init__(self, root: os.PathLike[str] | str, *, writes: bool = True):
     """Makes the folder and locks it until `release`, or the process's end.
 
     Args:
       root: The run's folder.
+      writes: Whether this process writes into it.
 
     Raises:
       ConfigError: It is a file, cannot be written, or another process runs
         in it.
     """
     self.root = pathlib.Path(root)
+    self.writes = writes
+    if not writes:
+      return
     try:
       self.root.mkdir(parents=True, exist_ok=True)
       self._lock = filelock.FileLock(self.root / _LOCK, timeout=0)
@@ -66,10 +75,23 @@ class RunFolder:
 
   def write(self, name: str, text: str) -> None:
     """Replaces a text file in one step, so it is never half-written."""
+    if not self.writes:
+      return
     target = self.path(name)
     part = target.with_name(f'.{target.name}.part')
     part.write_text(text)
     part.replace(target)
+
+  def remove(self, name: str) -> None:
+    """Removes a file if it is there."""
+    if self.writes:
+      self.path(name).unlink(missing_ok=True)
+
+  def metrics(self, *, up_to: int) -> 'MetricsFile':
+    """Opens metrics.jsonl; see `MetricsFile`."""
+    return MetricsFile(
+      self.path('metrics.jsonl'), up_to=up_to, writes=self.writes
+    )
 
   def __enter__(self) -> 'RunFolder':
     """Returns the folder."""
@@ -80,7 +102,9 @@ class RunFolder:
     self.release()
 
   def release(self) -> None:
-    """Lets other processes use the folder; an empty one is removed."""
+    """Lets other runs use the folder; an empty one is removed."""
+    if not self.writes:
+      return
     if {path.name for path in self.root.iterdir()} == {_LOCK}:
       self.path(_LOCK).unlink()
       self.root.rmdir()
@@ -142,15 +166,25 @@ class MetricsFile:
     lost: Lines that could not be written.
   """
 
-  def __init__(self, path: os.PathLike[str] | str, *, up_to: int):
+  def __init__(
+    self,
+    path: os.PathLike[str] | str,
+    *,
+    up_to: int,
+    writes: bool = True,
+  ):
     """Opens the file and drops what a continued run will write again.
 
     Args:
       path: The file.
       up_to: Last step to keep; -1 keeps nothing.
+      writes: Whether this process writes it; else appending does nothing.
     """
     self.path = pathlib.Path(path)
     self.lost = 0
+    self._writes = writes
+    if not writes:
+      return
     kept = [line for line in self.read() if line['step'] <= up_to]
     part = self.path.with_name(f'.{self.path.name}.part')
     part.write_text(''.join(map(_line, kept)))
@@ -163,6 +197,8 @@ class MetricsFile:
       fields: JSON values, `step` among them. Numbers that are not finite,
         which JSON does not have, are written as null.
     """
+    if not self._writes:
+      return
     size = self.path.stat().st_size
     try:
       with self.path.open('a') as file:

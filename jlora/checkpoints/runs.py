@@ -14,6 +14,7 @@ import orbax.checkpoint as ocp
 
 from jlora.core.state import TrainState
 from jlora.errors import CheckpointError
+from jlora.parallel import processes
 
 KEPT = 2  # a damaged newest checkpoint leaves one to fall back to
 # What Orbax was seen to raise on truncated files and flipped bits.
@@ -159,11 +160,14 @@ class RunCheckpoints:
 
 
 def _digest(state: TrainState, record: dict[str, Any]) -> str:
-  """Returns the sha256 of the record and of all arrays with their paths."""
+  """Returns the sha256 of the record and of all arrays with their paths.
+
+  It does not depend on how they are cut; all processes find it together.
+  """
   sha = hashlib.sha256(json.dumps(record, sort_keys=True).encode())
   for path, leaf in jax.tree_util.tree_leaves_with_path(state):
     sha.update(jax.tree_util.keystr(path).encode())
-    sha.update(np.ascontiguousarray(leaf).tobytes())
+    sha.update(np.ascontiguousarray(processes.whole(leaf)).tobytes())
   return sha.hexdigest()
 
 

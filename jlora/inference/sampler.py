@@ -12,6 +12,7 @@ from jlora.errors import ConfigError, DataError
 from jlora.inference import decoding
 from jlora.inference.sampling import Sampling
 from jlora.models.config import DecoderConfig
+from jlora.parallel import processes
 
 # Prompts are padded to a multiple of this many tokens, so that few programs
 # are compiled.
@@ -65,7 +66,7 @@ def generate(
     tokens, lengths = _pad_left([prompts[i] for i in ids], batch_size, width)
     examples = np.zeros(batch_size, np.int32)
     examples[: len(ids)] = ids
-    out = np.asarray(
+    out = processes.whole(
       decoding.run(setup, params, tokens, lengths, examples, key)
     )
     for i, row in zip(ids, out, strict=False):

@@ -1,5 +1,6 @@
 """What a run writes into its folder beside checkpoints and metrics."""
 
+import collections
 import dataclasses
 import importlib.metadata
 import platform
@@ -16,6 +17,8 @@ from jlora.checkpoints.hf import save_folder
 from jlora.checkpoints.peft import save_adapter
 from jlora.checkpoints.run_folder import MetricsFile, RunFolder
 from jlora.core.combination import merge
+from jlora.core.tree import leaves_by_path
+from jlora.parallel import processes
 from jlora.training import report
 from jlora.training.evaluation import prompted
 from jlora.training.job import Job
@@ -37,16 +40,12 @@ def save_trained(
     trainable: The trained half of the parameters.
     step: Updates that made it.
   """
-  spec = job.spec
+  spec, sha256 = job.spec, job.base.sha256
   if not spec.is_adapter:
-    dense = merge(job.frozen, trainable, spec.lora)
-    save_folder(
-      folder.path(name),
-      job.base.config,
-      dense,
-      job.base.tokenizer,
-      eos_token_ids=job.base.eos_token_ids,
-    )
+    _save_model(job, folder, name, trainable)
+    return
+  trainable = jax.tree.map(processes.whole, trainable)
+  if not folder.writes:
     return
   save_adapter(
     folder.path(name),
@@ -55,12 +54,28 @@ def save_trained(
     job.base.config,
     base_name=spec.base,
     metadata={
-      'base_sha256': job.base.sha256,
+      'base_sha256': sha256,
       'data_digest': job.digest,
       'quantization': quantization(job),
       'step': step,
     },
     starts=job.starts,
+  )
+
+
+def _save_model(job: Job, folder: RunFolder, name: str, trainable: Any) -> None:
+  """Writes the whole model; its leaves come to the first process in turn."""
+  dense = leaves_by_path(merge(job.frozen, trainable, job.spec.lora))
+  leaves = ((path, processes.whole(leaf)) for path, leaf in dense.items())
+  if not folder.writes:
+    collections.deque(leaves, maxlen=0)  # takes part in each
+    return
+  save_folder(
+    folder.path(name),
+    job.base.config,
+    leaves,
+    job.base.tokenizer,
+    eos_token_ids=job.base.eos_token_ids,
   )
 
 
@@ -109,6 +124,8 @@ def write_summary(
     metrics: Its metrics.
     after: Scores of the tuned model.
   """
+  if not folder.writes:
+    return
   lines = metrics.read()
   steps = [x['step_seconds'] for x in lines if 'step_seconds' in x]
   fields = {

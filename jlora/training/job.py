@@ -5,7 +5,9 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 import optax
+from jax.sharding import NamedSharding
 from rich.console import Console
 
 from jlora.checkpoints.bases import Base, open_base
@@ -25,12 +27,13 @@ from jlora.errors import ConfigError, DataError
 from jlora.models import families
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
+from jlora.parallel import processes
 from jlora.parallel.mesh import by_example, make_mesh
 from jlora.parallel.shardings import Shardings
 from jlora.training.footprint import Footprint, measure
 from jlora.training.halves import load_halves
 from jlora.training.optimizers import make_schedule
-from jlora.training.program import make_program
+from jlora.training.program import abstract_batch, make_program
 from jlora.training.run_spec import RunSpec
 
 
@@ -55,7 +58,6 @@ class Job:
     apply: The lifted decoder, for generation.
     dtype: What the base computes in.
     schedule: Learning rate by step.
-    place: Puts a batch on the devices.
     description: What is trained, quantized and frozen.
     shardings: Where the parameters lie.
     footprint: Parameters and bytes.
@@ -76,7 +78,6 @@ class Job:
   apply: Callable[..., Any]
   dtype: Any
   schedule: optax.Schedule
-  place: Callable[[Batch], Batch]
   description: Description
   shardings: Shardings
   footprint: Footprint
@@ -85,6 +86,36 @@ class Job:
   def origin(self) -> dict[str, str]:
     """Digests of what a continued run must have as it began."""
     return {'base': self.base.sha256, 'data': self.digest}
+
+  def batch(self, step: int) -> Batch:
+    """Returns the batch of a step on the devices of all processes.
+
+    Each process makes the rows that its own devices hold.
+
+    Args:
+      step: Counts from zero.
+    """
+    count, sharding = self.loader.batch_size, self._by_example
+    rows = processes.rows_here(count, sharding)
+
+    def place(part: np.ndarray) -> jax.Array:
+      return processes.spread(part, sharding, rows=count, first=rows.start)
+
+    return jax.tree.map(place, self.loader.batch(step, rows))
+
+  def place(self, batch: Batch) -> Batch:
+    """Puts a whole batch on the devices of all processes.
+
+    Args:
+      batch: Of NumPy arrays, the same in every process.
+    """
+    return jax.tree.map(
+      lambda array: processes.spread(array, self._by_example), batch
+    )
+
+  @property
+  def _by_example(self) -> NamedSharding:
+    return by_example(self.shardings.mesh)
 
   def check_origin(self, origin: dict[str, str]) -> None:
     """Requires the base and the data that a run began with.
@@ -131,10 +162,8 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   gather = loaded.shardings.gather
   program = make_program(spec, base.config, loaded, mesh)
 
-  def place(batch: Batch) -> Batch:
-    return jax.device_put(batch, by_example(mesh))
-
-  compiled = program.step.lower(state, frozen, place(loader.batch(0))).compile()
+  batch = abstract_batch(spec, mesh)
+  compiled = program.step.lower(state, frozen, batch).compile()
   shapes = families.shapes(base.config, dtype)
   description = describe(shapes, spec.lora, quant=spec.quant)
   return Job(
@@ -153,7 +182,6 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
     apply=lift(Decoder(base.config, dtype=dtype).apply, gather=gather),
     dtype=dtype,
     schedule=make_schedule(spec.optim, steps),
-    place=place,
     description=description,
     shardings=loaded.shardings,
     footprint=measure(frozen, state, compiled, trained=description.parameters),

@@ -16,6 +16,7 @@ from jlora.checkpoints.run_folder import MetricsFile, RunFolder
 from jlora.checkpoints.runs import RunCheckpoints
 from jlora.checkpoints.starts import load_starts, save_starts
 from jlora.errors import ConfigError
+from jlora.parallel import processes
 from jlora.parallel.devices import warn_of_idle_gpu
 from jlora.training import artifacts, evaluation
 from jlora.training.console import Ticker, show_table
@@ -43,15 +44,16 @@ def train(
   """
   warn_of_idle_gpu()
   with (
-    RunFolder(workdir) as folder,
+    RunFolder(workdir, writes=processes.is_first()) as folder,
     RunCheckpoints(folder.path('checkpoints')) as checkpoints,
   ):
     if _is_complete(spec, folder, checkpoints, console):
       return True
     start = folder.path(START_FILE)
     continued = start.is_file() and bool(checkpoints.steps())
+    processes.wait('all have read the folder')
     job = build(spec, console, load_starts(start) if continued else None)
-    if job.starts and not continued:
+    if job.starts and not continued and folder.writes:
       save_starts(start, job.starts)
     console.print(str(job.description), markup=False)
     if job.shardings.mesh.size > 1:
@@ -109,9 +111,8 @@ def _start(
   progress = Progress(state, **record['progress'])
   console.print(f'continuing after step {progress.step}')
   if progress.step < job.steps:
-    folder.path('summary.json').unlink(missing_ok=True)
-  path = folder.path('metrics.jsonl')
-  return progress, MetricsFile(path, up_to=progress.step)
+    folder.remove('summary.json')
+  return progress, folder.metrics(up_to=progress.step)
 
 
 def _measure_base(
@@ -122,7 +123,7 @@ def _measure_base(
   loss = evaluation.held_out_loss(job, trainable).loss
   answers = evaluation.answer(job, trainable)
   before = {'eval_loss': loss, **answers.fields()}
-  metrics = MetricsFile(folder.path('metrics.jsonl'), up_to=-1)
+  metrics = folder.metrics(up_to=-1)
   metrics.append({'step': 0, **before})
   console.print(f'base: {evaluation.sentence(before)}')
   texts = answers.texts[: job.spec.eval.samples]
@@ -144,7 +145,8 @@ def _advance(
     while progress.step < job.steps:
       line = progress.update(job)
       step, last = progress.step, progress.step == job.steps
-      stopping = stop.requested  # read once: it may turn true at any time
+      # Read once, by all: it may turn true at any time, in any process.
+      stopping = processes.any_of(stop.requested)
       if last or step % spec.log.every == 0:
         metrics.append(line)
         bar.tick(line)
