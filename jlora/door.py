@@ -1,5 +1,6 @@
 """What every front door does: read flags, run, answer with an exit code."""
 
+import faulthandler
 import os
 import pathlib
 import re
@@ -69,13 +70,15 @@ def enter(main: Callable[[], int | None]) -> NoReturn:
     except Exception as error:
       if not _joined:
         raise
-      traceback.print_exc()
-      if type(error).__name__ == 'JaxRuntimeError':
-        _say(
-          'another process may have failed, and with it this one; see their'
-          ' messages. The same command continues from the last checkpoint'
-        )
-      return _leave(1)
+      if type(error).__name__ != 'JaxRuntimeError':
+        traceback.print_exc()
+        return _leave(1)
+      _say(
+        f'a computation of all processes failed: {error}; if another one'
+        ' ended, its message says why. The same command on all hosts'
+        ' continues from the last checkpoint'
+      )
+      return _leave(3)
 
   app.run(guarded, flags_parser=_parse)
 
@@ -102,6 +105,9 @@ def join(
   import jax
 
   _joined.append(jax.process_index())
+  # Where another process fails, jax aborts this one with a message, which a
+  # list of all loaded modules would bury.
+  faulthandler.disable()
 
 
 def _leave(code: int) -> int:

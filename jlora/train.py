@@ -30,10 +30,10 @@ _PROCESS = flags.DEFINE_integer('process', None, 'Which one this is, from 0.')
 def main() -> int:
   """Resolves the config, then trains."""
   spec = config.resolve(door.config_of(_CONFIG))
-  config.check_sources(spec)
   cluster = (_COORDINATOR.value, _PROCESSES.value, _PROCESS.value)
   if _DISTRIBUTED.value or cluster != (None, None, None):
-    door.join(*cluster)
+    door.join(*cluster)  # first, so that a refusal in one ends all of them
+  config.check_sources(spec)
   # Heavy imports come after the checks, so a refusal is quick.
   from rich.console import Console
 

@@ -5,6 +5,7 @@ import functools
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 import time
@@ -216,6 +217,24 @@ class Commands:
 
   def train(self, workdir, *flags, **options):
     return self.end(self.start_training(workdir, *flags, **options))
+
+  def start_together(self, count, workdir, *flags, devices=1):
+    """Starts so many processes that train together on this machine."""
+    with socket.socket() as free:
+      free.bind(('localhost', 0))
+      place = f'--coordinator=localhost:{free.getsockname()[1]}'
+    force = f'--xla_force_host_platform_device_count={devices}'
+    return [
+      self.start_training(
+        workdir,
+        place,
+        f'--processes={count}',
+        f'--process={index}',
+        *flags,
+        environment={'XLA_FLAGS': force},
+      )
+      for index in range(count)
+    ]
 
   def train_until(self, workdir, step, number):
     """Starts training and sends a signal once a step is in the metrics."""

@@ -3,6 +3,7 @@ import os
 import re
 import shutil
 import signal
+import time
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -28,6 +29,11 @@ PLENTY = 10  # seconds; what can be known before loading takes one when quiet
 def metrics_of(run):
   lines = map(json.loads, (run / 'metrics.jsonl').read_text().splitlines())
   return [{k: v for k, v in x.items() if k not in TIMING} for x in lines]
+
+
+def read_metrics(run):
+  path = run / 'metrics.jsonl'
+  return path.read_text() if path.exists() else ''
 
 
 def load_last_state(run):
@@ -209,26 +215,34 @@ def test_a_killed_run_continues_as_if_it_had_not_been(
   assert_same_end(run, finished[0])
 
 
+SHORT = (
+  '--config.optim.schedule=constant',
+  '--config.optim.warmup=0',
+  '--config.quant.block_size=16',
+  '--config.eval.examples=2',
+)
+
+
 def test_a_run_goes_on_with_fewer_devices_as_on_one(commands, tmp_path):
-  def train(name, devices, steps, *mesh):
-    flag = f'--xla_force_host_platform_device_count={devices}'
-    ended = commands.train(
-      tmp_path / name,
-      f'--config.train.steps={steps}',
-      '--config.optim.schedule=constant',
-      '--config.optim.warmup=0',
-      '--config.quant.block_size=16',
-      '--config.eval.examples=2',
-      *(f'--config.mesh.{axis}' for axis in mesh),
-      environment={'XLA_FLAGS': flag},
-    )
-    assert (ended.rc, ended.stderr) == (0, '')
-    return ended.stdout
+  def train(name, devices, steps, *mesh, processes=1):
+    ended = [
+      commands.end(process)
+      for process in commands.start_together(
+        processes,
+        tmp_path / name,
+        f'--config.train.steps={steps}',
+        *SHORT,
+        *(f'--config.mesh.{axis}' for axis in mesh),
+        devices=devices // processes,
+      )
+    ]
+    assert [process.rc for process in ended] == [0] * processes, ended
+    return ended[0].stdout
 
   begun = train('moved', 8, 2, 'fsdp=2', 'tensor=4')
   assert 'parameters over 8 devices: data 1, fsdp 2, tensor 4' in begun
   assert re.search('mlp/up_proj/kernel +2 × 64/fsdp × 128/tensor', begun)
-  continued = train('moved', 2, 4, 'fsdp=2')
+  continued = train('moved', 2, 4, 'fsdp=2', processes=2)
   assert 'continuing after step 2' in continued
   assert 'parameters over 2 devices: data 1, fsdp 2, tensor 1' in continued
   ended = train('moved', 1, 6)
@@ -249,6 +263,37 @@ def test_a_run_goes_on_with_fewer_devices_as_on_one(commands, tmp_path):
   )
   assert list(losses) == list(range(1, 7))
   assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_of_two_processes_none_goes_on_alone(commands, tmp_path):
+  run = tmp_path / 'run'
+  flags = ('--config.train.steps=100000', '--config.train.checkpoint_every=1')
+
+  def start():
+    return commands.start_together(
+      2, run, *flags, *SHORT, '--config.mesh.fsdp=2'
+    )
+
+  def wait_for_step(step, started):
+    while f'"step": {step},' not in read_metrics(run):
+      assert [process.poll() for process in started] == [None, None]
+      time.sleep(0.05)
+
+  first, second = start()
+  wait_for_step(2, (first, second))
+  second.kill()
+  ended = commands.end(first, timeout=60)
+  assert ended.rc != 0
+  assert 'process' in ended.stderr
+  commands.end(second)
+
+  last = max(int(path.name) for path in (run / 'checkpoints').iterdir())
+  started = start()
+  wait_for_step(last + 2, started)
+  started[1].send_signal(signal.SIGTERM)
+  ended = [commands.end(process, timeout=60) for process in started]
+  assert [process.rc for process in ended] == [75, 75]
+  assert f'continuing after step {last}' in ended[0].stdout
 
 
 def test_a_finished_run_is_left_as_it_is(commands, finished):

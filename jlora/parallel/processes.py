@@ -5,6 +5,7 @@ same order: what only one of them knows is shared here before it counts. With
 one process, every function returns at once.
 """
 
+import hashlib
 import time
 from typing import Any
 
@@ -130,6 +131,28 @@ def from_first(text: str | None) -> str:
     raw[: found.size] = found
   raw = np.asarray(multihost_utils.broadcast_one_to_all(raw))
   return raw.tobytes().rstrip(b'\0').decode()
+
+
+def require_same(what: str, text: str) -> None:
+  """Refuses to go on where processes differ in what they must share.
+
+  Args:
+    what: What it is, for the message.
+    text: What this process has.
+
+  Raises:
+    ConfigError: Some process has another one; raised in all of them.
+  """
+  if not are_several():
+    return
+  digest = np.frombuffer(hashlib.sha256(text.encode()).digest(), np.uint8)
+  found = multihost_utils.process_allgather(digest)
+  others = [i for i, x in enumerate(found) if not np.array_equal(x, found[0])]
+  if others:
+    raise ConfigError(
+      f'processes {others} have another {what} than process 0; start all of'
+      ' them with the same command, on hosts that have the same files'
+    )
 
 
 def whole(array: Any) -> np.ndarray:

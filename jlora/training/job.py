@@ -157,6 +157,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
 
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
+  _compare(spec, base, data)
   loaded = load_halves(spec, base, mesh, steps, starts)
   frozen, state, dtype = loaded.frozen, loaded.state, loaded.dtype
   gather = loaded.shardings.gather
@@ -255,6 +256,14 @@ def make_loader(spec: RunSpec, data: Prepared) -> Loader:
     pack=spec.data.pack,
     seed=spec.seed,
   )
+
+
+def _compare(spec: RunSpec, base: Base, data: Prepared) -> None:
+  """Requires that all processes train the same."""
+  processes.require_same('config', spec.to_json())
+  sizes = [path.stat().st_size for path in base.model.paths]
+  processes.require_same('base', f'{base.config} {sizes}')
+  processes.require_same('data', digest((*data.train, *data.eval)))
 
 
 def _held_out(spec: RunSpec, data: Prepared) -> list[Batch]:
