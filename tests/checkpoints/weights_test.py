@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 
 from jlora.checkpoints import weights
+from jlora.checkpoints.hf import HfModel, save_folder
+from jlora.checkpoints.llama_cpp import GgufModel
 from jlora.errors import BaseModelError
 
 SHAPES = {'a': (2, 3), 'b': (3,)}
@@ -47,3 +49,27 @@ def test_a_leaf_is_stacked_and_turned_as_the_decoder_wants(tiny_config):
   # Each stored row counts its inputs; here they run along axis 1.
   np.testing.assert_array_equal(kernel[1, :, 5], 1000 + np.arange(64))
   assert kernel.dtype == np.float64
+
+
+@pytest.mark.parametrize('kind', ['folder', 'Q8_0', 'bfloat16'])
+def test_a_part_of_a_leaf_is_read_alone(
+  kind, write_gguf, tmp_path, tiny_config
+):
+  path = write_gguf(tmp_path / 'x.gguf', 'Q8_0' if kind == 'Q8_0' else 'F32')
+  model = GgufModel(path)
+  if kind != 'Q8_0':
+    dtype = 'float32' if kind == 'folder' else kind
+    tokenizer = model.load_tokenizer()
+    params = weights.load_params(model)
+    save_folder(tmp_path / 'x', tiny_config, params, tokenizer, dtype)
+    model = HfModel(tmp_path / 'x')
+  cuts = {1: slice(1, 2), 32: slice(3, 17), 64: slice(8, 48), 96: slice(40, 96)}
+
+  def check(path, leaf):
+    index = tuple(cuts.get(n, slice(1, n)) for n in leaf.shape)
+    whole, part = leaf.read(), leaf.read(index)
+    np.testing.assert_array_equal(part, whole[index], err_msg=path)
+    np.testing.assert_array_equal(np.asarray(leaf), whole)
+    assert leaf.rounded('float16').read(index).dtype == np.float16
+
+  weights.load_params(model, place=check)
