@@ -53,8 +53,8 @@ def scale_by_adam_8bit(
 
   def init(params: Any) -> Adam8bitState:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    mu, mu_scales = _encode_all(zeros, formats.DYNAMIC)
-    nu, nu_scales = _encode_all(zeros, formats.DYNAMIC_UNSIGNED)
+    mu, mu_scales = _encode_all(zeros, signed=True)
+    nu, nu_scales = _encode_all(zeros, signed=False)
     return Adam8bitState(jnp.int32(0), mu, nu, mu_scales, nu_scales)
 
   def update(
@@ -69,30 +69,30 @@ def scale_by_adam_8bit(
     mu_hat = optax.tree.bias_correction(mu, b1, count)
     nu_hat = optax.tree.bias_correction(nu, b2, count)
     updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
-    mu, mu_scales = _encode_all(mu, formats.DYNAMIC)
-    nu, nu_scales = _encode_all(nu, formats.DYNAMIC_UNSIGNED)
+    mu, mu_scales = _encode_all(mu, signed=True)
+    nu, nu_scales = _encode_all(nu, signed=False)
     return updates, Adam8bitState(count, mu, nu, mu_scales, nu_scales)
 
   return optax.GradientTransformation(init, update)
 
 
-def _encode_all(tree: Any, levels: np.ndarray) -> tuple[Any, Any]:
+def _encode_all(tree: Any, *, signed: bool) -> tuple[Any, Any]:
   """Returns codes and scales of every leaf, in trees shaped like it."""
   leaves, structure = jax.tree.flatten(tree)
-  encoded = [_encode(leaf, levels) for leaf in leaves]
+  encoded = [_encode(leaf, signed) for leaf in leaves]
   codes, scales = zip(*encoded, strict=True) if encoded else ((), ())
   unflatten = structure.unflatten
   return unflatten(codes), unflatten(scales)
 
 
-def _encode(x: jax.Array, levels: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def _encode(x: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
   if x.size < SMALLEST:
     return x, jnp.zeros(0, jnp.float32)
   flat = x.reshape(-1)
   blocks = jnp.pad(flat, (0, -x.size % BLOCK)).reshape(-1, BLOCK)
   absmax = jnp.abs(blocks).max(axis=1)
   scaled = blocks * formats.reciprocal(absmax)[:, None]
-  codes = formats.nearest(scaled, levels).reshape(-1)
+  codes = formats.nearest(scaled, signed=signed).reshape(-1)
   return codes[: x.size].reshape(x.shape), absmax
 
 
