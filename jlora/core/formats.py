@@ -210,6 +210,8 @@ def nearest(x: jax.Array, *, signed: bool = True) -> jax.Array:
   rank = count - (not signed) + jnp.clip(place, 0, count - 1)
   rank = jnp.where(size > 0, rank, 0)
   index = jnp.where(x < 0, -rank, rank) + np.argmin(np.abs(levels))
+  # A byte is what XLA then keeps between two fusions, where it makes two.
+  index = index.astype(jnp.uint8).astype(jnp.int32)
   index += (x > bounds[index + 1]).astype(jnp.int32)
   index -= (x <= bounds[index]).astype(jnp.int32)
   return index.astype(jnp.uint8)
