@@ -20,6 +20,10 @@ class ConfigError(JloraError, ValueError):
   """A field, a pattern or a combination of them cannot be right."""
 
 
+class MissingCompilerError(ConfigError):
+  """The compiler of a target is not installed, or cannot be reached."""
+
+
 class DataError(JloraError, ValueError):
   """A data source is missing, malformed or empty."""
 

@@ -184,18 +184,37 @@ def midpoints(levels: np.ndarray) -> np.ndarray:
   return (levels[1:] + levels[:-1]) / np.float32(2)
 
 
-def nearest(x: jax.Array, levels: np.ndarray) -> jax.Array:
-  """Returns the uint8 index of the level nearest to each value.
+def nearest(x: jax.Array, *, signed: bool = True) -> jax.Array:
+  """Returns the uint8 index of the dynamic level nearest to each value.
+
+  The index is computed from the decade that a value lies in, and compared with
+  the midpoints on both sides: XLA fuses this with what is before and behind. A
+  binary search is eight passes over its bounds, forty bytes a value.
 
   Args:
-    x: float32 of any shape. A value on a midpoint takes the lower level.
-    levels: Ascending, at most 256.
+    x: float32 of any shape in [-1, 1]. A value on a midpoint takes the lower
+      level.
+    signed: Whether of `DYNAMIC`, else of `DYNAMIC_UNSIGNED`.
 
   Returns:
     uint8 of the shape of `x`.
   """
-  thresholds = jnp.asarray(midpoints(levels))
-  return jnp.searchsorted(thresholds, x).astype(jnp.uint8)
+  levels = DYNAMIC if signed else DYNAMIC_UNSIGNED
+  bounds = np.concatenate([[-np.inf], midpoints(levels), [np.inf]])
+  bounds, size = jnp.asarray(bounds, jnp.float32), jnp.abs(x)
+  starts = 10.0 ** np.arange(-6, 0)  # of the second decade and those above
+  decade = sum((size > start).astype(jnp.int32) for start in starts)
+  count = (1 if signed else 2) << decade  # levels in it
+  scale = jnp.asarray(10.0 ** np.arange(6, -1, -1), jnp.float32)[decade]
+  place = ((size * scale - 0.1) / 0.9 * count).astype(jnp.int32)
+  rank = count - (not signed) + jnp.clip(place, 0, count - 1)
+  rank = jnp.where(size > 0, rank, 0)
+  index = jnp.where(x < 0, -rank, rank) + np.argmin(np.abs(levels))
+  # A byte is what XLA then keeps between two fusions, where it makes two.
+  index = index.astype(jnp.uint8).astype(jnp.int32)
+  index += (x > bounds[index + 1]).astype(jnp.int32)
+  index -= (x <= bounds[index]).astype(jnp.int32)
+  return index.astype(jnp.uint8)
 
 
 def reciprocal(absmax: jax.Array) -> jax.Array:

@@ -212,5 +212,5 @@ def quantize_absmax(
   blocks = blocks.reshape(-1, NESTED_BLOCK)
   scales2 = jnp.abs(blocks).max(axis=1)
   scaled = blocks * formats.reciprocal(scales2)[:, None]
-  codes = formats.nearest(scaled, formats.DYNAMIC).reshape(-1)[: flat.size]
+  codes = formats.nearest(scaled).reshape(-1)[: flat.size]
   return codes.reshape(absmax.shape[::-1]).T, scales2, offset

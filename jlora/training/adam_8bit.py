@@ -1,5 +1,6 @@
 """Adam whose moments take a byte each."""
 
+import math
 from typing import Any, NamedTuple
 
 import jax
@@ -53,8 +54,8 @@ def scale_by_adam_8bit(
 
   def init(params: Any) -> Adam8bitState:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), params)
-    mu, mu_scales = _encode_all(zeros, formats.DYNAMIC)
-    nu, nu_scales = _encode_all(zeros, formats.DYNAMIC_UNSIGNED)
+    mu, mu_scales = _encode_all(zeros, signed=True)
+    nu, nu_scales = _encode_all(zeros, signed=False)
     return Adam8bitState(jnp.int32(0), mu, nu, mu_scales, nu_scales)
 
   def update(
@@ -69,40 +70,58 @@ def scale_by_adam_8bit(
     mu_hat = optax.tree.bias_correction(mu, b1, count)
     nu_hat = optax.tree.bias_correction(nu, b2, count)
     updates = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
-    mu, mu_scales = _encode_all(mu, formats.DYNAMIC)
-    nu, nu_scales = _encode_all(nu, formats.DYNAMIC_UNSIGNED)
+    mu, mu_scales = _encode_all(mu, signed=True)
+    nu, nu_scales = _encode_all(nu, signed=False)
     return updates, Adam8bitState(count, mu, nu, mu_scales, nu_scales)
 
   return optax.GradientTransformation(init, update)
 
 
-def _encode_all(tree: Any, levels: np.ndarray) -> tuple[Any, Any]:
+def _encode_all(tree: Any, *, signed: bool) -> tuple[Any, Any]:
   """Returns codes and scales of every leaf, in trees shaped like it."""
   leaves, structure = jax.tree.flatten(tree)
-  encoded = [_encode(leaf, levels) for leaf in leaves]
+  encoded = [_encode(leaf, signed) for leaf in leaves]
   codes, scales = zip(*encoded, strict=True) if encoded else ((), ())
   unflatten = structure.unflatten
   return unflatten(codes), unflatten(scales)
 
 
-def _encode(x: jax.Array, levels: np.ndarray) -> tuple[jax.Array, jax.Array]:
+def _encode(x: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
   if x.size < SMALLEST:
     return x, jnp.zeros(0, jnp.float32)
-  flat = x.reshape(-1)
-  blocks = jnp.pad(flat, (0, -x.size % BLOCK)).reshape(-1, BLOCK)
-  absmax = jnp.abs(blocks).max(axis=1)
-  scaled = blocks * formats.reciprocal(absmax)[:, None]
-  codes = formats.nearest(scaled, levels).reshape(-1)
-  return codes[: x.size].reshape(x.shape), absmax
+  blocks = _blocks(x)
+  absmax = jnp.abs(blocks).max(axis=-1)
+  scaled = blocks * formats.reciprocal(absmax)[..., None]
+  codes = formats.nearest(scaled, signed=signed)
+  return _whole(codes, x.shape), absmax.reshape(-1)
+
+
+def _blocks(x: jax.Array) -> jax.Array:
+  """Returns the entries [..., BLOCK] of a leaf, in order, the last padded.
+
+  Axes that no block crosses are kept, so that devices which hold parts of a
+  leaf encode them where they lie.
+  """
+  for axes in (1, 2):
+    if math.prod(x.shape[-axes:]) % BLOCK == 0:
+      return x.reshape(*x.shape[:-axes], -1, BLOCK)
+  return jnp.pad(x.reshape(-1), (0, -x.size % BLOCK)).reshape(-1, BLOCK)
+
+
+def _whole(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+  """Returns the leaf of a shape that `_blocks` has cut."""
+  size = math.prod(shape)
+  if blocks.size == size:
+    return blocks.reshape(shape)
+  return blocks.reshape(-1)[:size].reshape(shape)
 
 
 def _decode_all(codes: Any, scales: Any, levels: np.ndarray) -> Any:
   def decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
     if not scales.size:
       return codes
-    values = jnp.asarray(levels)[codes].reshape(-1)
-    blocks = jnp.pad(values, (0, -codes.size % BLOCK)).reshape(-1, BLOCK)
-    values = (blocks * scales[:, None]).reshape(-1)
-    return values[: codes.size].reshape(codes.shape)
+    blocks = jnp.asarray(levels)[_blocks(codes)]
+    scales = scales.reshape(*blocks.shape[:-1], 1)
+    return _whole(blocks * scales, codes.shape)
 
   return jax.tree.map(decode, codes, scales)

@@ -123,8 +123,32 @@ def test_a_midpoint_takes_the_lower_level():
   codes = FORMATS['nf4'].encode(middle)
   np.testing.assert_array_equal(codes, np.arange(15))
   middle = jnp.asarray(formats.midpoints(formats.DYNAMIC))
-  codes = formats.nearest(middle, formats.DYNAMIC)
+  codes = formats.nearest(middle)
   np.testing.assert_array_equal(codes, np.arange(255))
+
+
+@pytest.mark.parametrize('signed', [True, False])
+def test_the_nearest_level_is_the_one_that_a_search_finds(signed):
+  levels = formats.dynamic_map(signed=signed)
+  middle = formats.midpoints(levels)
+  random = np.random.default_rng(0)
+  small = 10 ** random.uniform(-12, 0, 100_000)
+  values = np.concatenate(
+    [
+      levels,
+      np.nextafter(middle, np.float32(-2)),
+      np.nextafter(middle, np.float32(2)),
+      *(small, -small, random.uniform(-1, 1, 100_000)),
+      *([0.0, -0.0, 1e-39, -1e-39, 1 + 1e-6],),
+    ]
+  ).astype(np.float32)
+  values = values if signed else np.abs(values)
+  for run in (
+    formats.nearest,
+    jax.jit(formats.nearest, static_argnames='signed'),
+  ):
+    codes = run(jnp.asarray(values), signed=signed)
+    np.testing.assert_array_equal(codes, np.searchsorted(middle, values))
 
 
 def test_the_reciprocal_of_zero_is_zero():

@@ -1,23 +1,33 @@
-"""The train step, compiled by the GPU compiler for a GPU that is not here."""
+"""Facts of jlora.parallel.topology, and of a step compiled through it."""
+
+import importlib.util
+import pathlib
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax._src import xla_bridge
 from jax.sharding import NamedSharding
 
 import jlora
 from jlora.core.state import TrainState
 from jlora.core.tree import size_of
 from jlora.data.batch import Batch
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, MissingCompilerError
 from jlora.models import families
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel import topology
+from jlora.parallel.machines import find_machine, specified
 from jlora.parallel.mesh import by_example, make_mesh, replicated
 from jlora.training.optimizers import OptimSpec, make_optimizer
 from jlora.training.step import make_loss, make_step
 
+PRIVATE = (
+  '_discover_and_register_pjrt_plugins',
+  '_topology_factories',
+  'register_plugin',
+)
 ROWS, LENGTH, WIDTH = 8, 512, 1024
 
 
@@ -66,7 +76,7 @@ def put(tree, sharding: NamedSharding):
 
 def compiled_for_h100(layers: int):
   """Returns the compiled step and the bytes of its adapters."""
-  mesh = make_mesh(devices=topology.gpu_devices('h100'))
+  mesh = make_mesh(devices=topology.devices_of(find_machine('h100')))
   loss, tx, state, frozen, batch = abstract_step(config_of(layers))
   traced = make_step(loss, tx, mesh).trace(
     put(state, replicated(mesh)),
@@ -88,6 +98,51 @@ def test_on_an_h100_scratch_grows_by_layer_inputs_and_adapter_gradients():
   assert growth <= 1.1 * (inputs + gradients)
 
 
-def test_an_unknown_target_lists_the_known_ones():
-  with pytest.raises(ConfigError, match=r"'b7000'.*\['h100'\]"):
-    topology.gpu_devices('b7000')
+@pytest.mark.aot
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('name', [*specified(), 'rtx4090', 'v5e-1', 'v5p-4'])
+def test_every_kind_of_machine_compiles(name):
+  machine = find_machine(name)
+  devices = topology.devices_of(machine)
+  assert len(devices) == machine.devices
+  whole = replicated(make_mesh(devices=devices))
+  x = jax.ShapeDtypeStruct((256, 256), jnp.bfloat16, sharding=whole)
+  traced = jax.jit(lambda x: jnp.tanh(x @ x)).trace(x)
+  compiled = traced.lower(lowering_platforms=(machine.platform,)).compile()
+  memory = compiled.memory_analysis()
+  assert memory.argument_size_in_bytes == 256 * 256 * 2
+
+
+def test_the_cpu_is_here():
+  assert list(topology.devices_of(find_machine('cpu'))) == jax.devices()[:1]
+
+
+def test_more_cpu_devices_than_there_are_are_refused():
+  with pytest.raises(ConfigError, match='device_count=999'):
+    topology.devices_of(find_machine('cpu-999'))
+
+
+@pytest.mark.parametrize(
+  ('target', 'extra'), [('v5e-8', 'tpu'), ('h100', 'cuda13')]
+)
+def test_a_missing_compiler_names_its_extra(monkeypatch, target, extra):
+  machine = find_machine(target)
+  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(pathlib.Path, 'glob', lambda *_: iter(()))
+  monkeypatch.setattr(xla_bridge, '_topology_factories', {})
+  monkeypatch.setattr(xla_bridge, PRIVATE[0], lambda: None)
+  with pytest.raises(MissingCompilerError, match=rf'\[{extra}\]'):
+    topology.devices_of(machine)
+
+
+def test_what_is_private_in_jax_is_still_there():
+  """If this fails, `topology._register_cuda` has to follow a change of jax."""
+  for name in PRIVATE:
+    assert hasattr(xla_bridge, name), name
+
+
+@pytest.mark.parametrize('name', PRIVATE)
+def test_a_change_of_jax_is_named(monkeypatch, name):
+  monkeypatch.delattr(xla_bridge, name)
+  with pytest.raises(MissingCompilerError, match=rf'{name}.*topology.py'):
+    topology.devices_of(find_machine('h100'))
