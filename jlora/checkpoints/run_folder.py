@@ -19,6 +19,7 @@ _MAY_CHANGE = (
   'eval.every',
   'mesh',
   'optim.learning_rate',
+  'optim.offload',
   'train.checkpoint_every',
   'train.epochs',
   'train.steps',

@@ -6,9 +6,7 @@ axis and `b` as its output axis; an optimizer's moments as what they belong to.
 """
 
 import dataclasses
-import math
-import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -19,102 +17,17 @@ from jlora.core.linear import Adapter
 from jlora.core.plan import is_frozen_leaf
 from jlora.core.quantized import is_quantized
 from jlora.core.state import TrainState
-from jlora.errors import ConfigError
+from jlora.parallel.rules import (
+  Cuts,
+  Placement,
+  Rules,
+  devices_along,
+  place,
+  rule_of,
+)
 
-Names = tuple[str | tuple[str, ...] | None, ...]
-# (pattern over whole leaf paths, mesh axes or None for each axis of the leaf)
-Rules = tuple[tuple[str, Names], ...]
 # Mesh axes whose devices work on other rows, so that each needs the kernel.
 ROWS = ('data', 'fsdp')
-
-Cuts = tuple[tuple[str, ...], ...]  # mesh axes for each axis of an array
-
-
-@dataclasses.dataclass(frozen=True)
-class Placement:
-  """How one leaf is cut.
-
-  Attributes:
-    cuts: Mesh axes for each axis of the leaf; a kernel in matrix form.
-    note: What of its rule could not be followed, and what was done instead.
-  """
-
-  cuts: Cuts
-  note: str = ''
-
-
-def place(path: str, leaf: Any, names: Names, mesh: Mesh) -> Placement:
-  """Returns how a leaf is cut on a mesh.
-
-  Where an axis has no equal parts (of whole blocks, for a quantized kernel's
-  inputs), its mesh axis moves to the other side of the kernel if the rule cuts
-  that too; where there are none either, it does not cut the leaf.
-
-  Args:
-    path: The leaf's, for errors.
-    leaf: An array or a QuantizedArray, or the shapes of one.
-    names: What a rule says.
-    mesh: The devices.
-
-  Raises:
-    ConfigError: The rule is for a leaf with another number of axes, or names
-      an axis that the mesh does not have.
-  """
-  units = _units(leaf)
-  if names and len(names) != len(units):
-    raise ConfigError(
-      f'the sharding rule {names} is for {len(names)} axes, and {path!r} has'
-      f' {len(units)}; give one entry for each'
-    )
-  cuts: list[tuple[str, ...]] = [()] * len(units)
-  notes = []
-  for axis, name in _pairs(names):
-    if _devices(mesh, (name,)) == 1:
-      continue
-    for side in (axis, *_other_side(axis, names)):
-      if units[side] % _devices(mesh, (*cuts[side], name)) == 0:
-        cuts[side] = (*cuts[side], name)
-        break
-    else:
-      side = None
-    if side != axis:
-      what = 'does not cut it' if side is None else f'cuts axis {side} instead'
-      notes.append(f'{name} ({units[axis]} parts on axis {axis}) {what}')
-  return Placement(tuple(cuts), '; '.join(notes))
-
-
-def _pairs(names: Names) -> Iterator[tuple[int, str]]:
-  """Yields each axis of a leaf with each mesh axis that should cut it."""
-  for axis, entry in enumerate(names):
-    for name in (entry,) if isinstance(entry, str) else entry or ():
-      yield axis, name
-
-
-def _other_side(axis: int, names: Names) -> tuple[int, ...]:
-  """Returns a kernel's output axis for its input axis, and back.
-
-  Only one that its rule cuts too: hidden states would follow the width of an
-  embedding that is cut.
-  """
-  sides = (len(names) - 2, len(names) - 1)
-  return tuple(s for s in sides if axis in sides and s != axis and names[s])
-
-
-def _units(leaf: Any) -> tuple[int, ...]:
-  """Returns for each axis how many parts it can be cut into."""
-  if is_quantized(leaf):
-    return leaf.scales.shape
-  return tuple(leaf.shape)
-
-
-def _devices(mesh: Mesh, names: Iterable[str]) -> int:
-  for name in names:
-    if name not in mesh.shape:
-      raise ConfigError(
-        f'a sharding rule names {name!r}, and the mesh has'
-        f' {", ".join(mesh.shape)}; use one of these'
-      )
-  return math.prod(mesh.shape[name] for name in names)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -125,11 +38,13 @@ class Shardings:
     mesh: The devices.
     placements: By the leaf's path.
     shapes: Of the leaves, by path, for the table.
+    offload: Whether what an optimizer keeps lies in the hosts' memory.
   """
 
   mesh: Mesh
   placements: dict[str, Placement]
   shapes: dict[str, tuple[int, ...]]
+  offload: bool = False
 
   def frozen(self, params: Any) -> Any:
     """Returns the shardings of a frozen half, in a tree like it."""
@@ -193,7 +108,8 @@ class Shardings:
     """Returns the shardings of a training state, in a tree like it.
 
     What an optimizer keeps for each weight lies where the weight does: leaves
-    whose path ends in that of a trained one, and which have its shape.
+    whose path ends in that of a trained one, and which have its shape. With
+    `offload` it lies in the memory of that device's host.
     """
     shapes = tree.leaves_by_path(state.trainable)
     trained = tree.leaves_by_path(self.trainable(state.trainable))
@@ -206,7 +122,11 @@ class Shardings:
         return self._named(())
       return trained[end]
 
-    return jax.tree_util.tree_map_with_path(visit, state)
+    found = jax.tree_util.tree_map_with_path(visit, state)
+    if not self.offload:
+      return found
+    host = jax.tree.map(_on_host, found.opt_state, state.opt_state)
+    return dataclasses.replace(found, opt_state=host)
 
   def gather(self, path: str, part: Any) -> Any:
     """Brings a part of one layer to all devices with rows of their own.
@@ -259,13 +179,32 @@ class Shardings:
   def _even(self, cuts: Cuts, shape: tuple[int, ...]) -> Cuts:
     """Returns the cuts without those that leave parts of unequal size."""
     return tuple(
-      names if size % _devices(self.mesh, names) == 0 else ()
+      names if size % devices_along(self.mesh, names) == 0 else ()
       for names, size in zip(cuts, shape, strict=True)
     )
 
 
+def _on_host(sharding: NamedSharding, leaf: Any) -> NamedSharding:
+  """Returns a sharding in the host's memory; counters stay on the device."""
+  return sharding.with_memory_kind('pinned_host') if leaf.shape else sharding
+
+
+def is_on_host(shardings: Any) -> bool:
+  """Whether something of a tree of shardings lies in the hosts' memory."""
+  return any(s.memory_kind == 'pinned_host' for s in jax.tree.leaves(shardings))
+
+
+def on_device(shardings: Any) -> Any:
+  """Returns shardings like these in the memory of the devices."""
+  return jax.tree.map(lambda s: s.with_memory_kind('device'), shardings)
+
+
 def make_shardings(
-  params: Mapping[str, Any], rules: Rules, mesh: Mesh
+  params: Mapping[str, Any],
+  rules: Rules,
+  mesh: Mesh,
+  *,
+  offload: bool = False,
 ) -> Shardings:
   """Returns where parameters lie.
 
@@ -273,23 +212,14 @@ def make_shardings(
     params: Leaves by path: arrays, QuantizedArrays, or shapes of them.
     rules: The first that matches a leaf decides.
     mesh: The devices.
+    offload: Whether what an optimizer keeps lies in the hosts' memory.
 
   Raises:
     ConfigError: No rule matches a leaf, or one does not fit it.
   """
   placements = {
-    path: place(path, leaf, _rule_of(path, rules), mesh)
+    path: place(path, leaf, rule_of(path, rules), mesh)
     for path, leaf in params.items()
   }
   shapes = {path: tuple(leaf.shape) for path, leaf in params.items()}
-  return Shardings(mesh, placements, shapes)
-
-
-def _rule_of(path: str, rules: Rules) -> Names:
-  for pattern, names in rules:
-    if re.fullmatch(pattern, path):
-      return names
-  raise ConfigError(
-    f'no sharding rule matches {path!r}; end the rules with one for the rest,'
-    " such as ('.*', ())"
-  )
+  return Shardings(mesh, placements, shapes, offload)

@@ -21,7 +21,8 @@ class Adam8bitState(NamedTuple):
     count: int32, updates so far.
     mu: First moments: uint8 codes in the shape of each leaf, or float32.
     nu: Second moments likewise.
-    mu_scales: float32 [blocks] of each leaf; empty where `mu` is float32.
+    mu_scales: float32 [blocks] of each leaf; one that is not used where `mu`
+      is float32.
     nu_scales: Likewise, of `nu`.
   """
 
@@ -88,7 +89,7 @@ def _encode_all(tree: Any, *, signed: bool) -> tuple[Any, Any]:
 
 def _encode(x: jax.Array, signed: bool) -> tuple[jax.Array, jax.Array]:
   if x.size < SMALLEST:
-    return x, jnp.zeros(0, jnp.float32)
+    return x, jnp.zeros(1, jnp.float32)  # Orbax keeps no empty array
   blocks = _blocks(x)
   absmax = jnp.abs(blocks).max(axis=-1)
   scaled = blocks * formats.reciprocal(absmax)[..., None]
@@ -118,7 +119,7 @@ def _whole(blocks: jax.Array, shape: tuple[int, ...]) -> jax.Array:
 
 def _decode_all(codes: Any, scales: Any, levels: np.ndarray) -> Any:
   def decode(codes: jax.Array, scales: jax.Array) -> jax.Array:
-    if not scales.size:
+    if codes.dtype != jnp.uint8:  # a small leaf, kept as it is
       return codes
     blocks = jnp.asarray(levels)[_blocks(codes)]
     scales = scales.reshape(*blocks.shape[:-1], 1)

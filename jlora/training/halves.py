@@ -14,7 +14,7 @@ from jlora.core.decompositions import Start
 from jlora.core.partition import partition
 from jlora.core.plan import is_frozen_leaf
 from jlora.core.state import TrainState
-from jlora.core.tree import arrays_by_path, nest
+from jlora.core.tree import arrays_by_path, matching, nest
 from jlora.models import families
 from jlora.parallel.devices import compute_dtype
 from jlora.parallel.shardings import Shardings, make_shardings
@@ -58,7 +58,11 @@ def load_halves(
     JloraError: The specs do not fit the base, or it is damaged.
   """
   dtype = compute_dtype(spec.train.dtype)
-  shardings = _make_shardings(spec, base, mesh)
+  shapes = nest(families.shapes(base.config))
+  abstract, _ = partition(
+    jax.random.key(0), shapes, spec.lora, quant=spec.quant
+  )
+  shardings = shardings_of(spec, abstract, mesh)
   frozen, trainable, starts = placement.load_halves(
     jax.random.key(spec.seed),
     base,
@@ -79,9 +83,20 @@ def load_halves(
   return Halves(frozen, state, tx, starts, shardings, dtype)
 
 
-def _make_shardings(spec: RunSpec, base: Base, mesh: Mesh) -> Shardings:
-  """Returns where the parameters lie, from their shapes alone."""
-  shapes = nest(families.shapes(base.config))
-  frozen, _ = partition(jax.random.key(0), shapes, spec.lora, quant=spec.quant)
+def shardings_of(spec: RunSpec, frozen: Any, mesh: Mesh) -> Shardings:
+  """Returns where the parameters of a run lie.
+
+  Args:
+    spec: The run.
+    frozen: The frozen half, as arrays or as shapes.
+    mesh: The devices.
+
+  Raises:
+    ConfigError: A rule of the run's own matches nothing, or does not fit.
+  """
   leaves = arrays_by_path(frozen, is_frozen_leaf)
-  return make_shardings(leaves, families.SHARDING, mesh)
+  own = spec.mesh.rules
+  matching((pattern for pattern, _ in own), leaves)  # each one, or it refuses
+  return make_shardings(
+    leaves, (*own, *families.SHARDING), mesh, offload=spec.optim.offload
+  )

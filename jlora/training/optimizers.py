@@ -29,6 +29,8 @@ class OptimSpec:
     b2: Decay of Adam's second moment.
     eps: Added to the root of Adam's second moment.
     moment_bits: 32, or 8 for moments that are quantized in blocks.
+    offload: Whether the moments lie in the hosts' memory between the updates,
+      which bring them to the devices.
     lora_plus: Learning rate of the adapters' `b` over that of all else; LoRA+
       takes 16.
 
@@ -45,6 +47,7 @@ class OptimSpec:
   b2: float = 0.999
   eps: float = 1e-8
   moment_bits: int = 32
+  offload: bool = False
   lora_plus: float = 1.0
 
   def __post_init__(self) -> None:

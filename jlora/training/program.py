@@ -8,16 +8,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jlora.core.partition import partition
-from jlora.core.plan import is_frozen_leaf
 from jlora.core.state import TrainState
-from jlora.core.tree import arrays_by_path, leaves_by_path, nest
+from jlora.core.tree import leaves_by_path, nest
 from jlora.data.batch import Batch
 from jlora.models import families
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel.mesh import by_example
-from jlora.parallel.shardings import make_shardings
-from jlora.training.halves import Halves
+from jlora.training.halves import Halves, shardings_of
 from jlora.training.optimizers import make_optimizer
 from jlora.training.run_spec import RunSpec
 from jlora.training.step import make_evaluation, make_loss, make_step
@@ -91,8 +89,7 @@ def abstract_halves(
   frozen, trainable = partition(
     jax.random.key(0), params, spec.lora, quant=spec.quant
   )
-  leaves = arrays_by_path(frozen, is_frozen_leaf)
-  shardings = make_shardings(leaves, families.SHARDING, mesh)
+  shardings = shardings_of(spec, frozen, mesh)
   tx = make_optimizer(spec.optim, steps, trainable)
   state = TrainState(
     jax.ShapeDtypeStruct((), jnp.int32),

@@ -7,7 +7,9 @@ from typing import Any
 
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
+from jlora.core.targets import as_pairs
 from jlora.errors import ConfigError
+from jlora.parallel.rules import Names, Rules
 from jlora.training.optimizers import OptimSpec
 
 REMAT = ('none', 'dots', 'full')
@@ -137,6 +139,16 @@ class EvalSpec:
     _require('eval', self, 'examples', 'samples', least=0)
 
 
+def _mesh_axes(names: Any) -> Names:
+  """Returns the mesh axes of one rule as nested tuples."""
+  if not isinstance(names, list | tuple):
+    raise ConfigError(
+      f'mesh.rules gives {names!r} for a leaf; it takes one entry for each of'
+      " its axes, such as (None, 'fsdp', 'tensor')"
+    )
+  return tuple(tuple(n) if isinstance(n, list) else n for n in names)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshSpec:
   """How devices are laid out; -1 is what the other axes leave.
@@ -146,11 +158,20 @@ class MeshSpec:
     fsdp: Devices that share the rows and the parameters; a layer's 4-bit codes
       are brought together where it is computed.
     tensor: Devices that share each layer's products.
+    rules: Ahead of the family's own: pairs of a pattern over leaf paths, and
+      for each axis of the leaf the mesh axis, or axes, that cut it, or None.
   """
 
   data: int = -1
   fsdp: int = 1
   tensor: int = 1
+  rules: Rules = ()
+
+  def __post_init__(self) -> None:
+    """Turns lists and dicts into tuples."""
+    pairs = as_pairs(self.rules, 'mesh.rules')
+    rules = tuple((pattern, _mesh_axes(names)) for pattern, names in pairs)
+    object.__setattr__(self, 'rules', rules)
 
   def fits(self, devices: int) -> bool:
     """Whether so many devices can be laid out like this."""

@@ -15,6 +15,7 @@ from jlora.core.lora import LoraSpec
 from jlora.core.state import TrainState
 from jlora.data.batch import Batch
 from jlora.parallel.mesh import by_example, replicated
+from jlora.parallel.shardings import is_on_host, on_device
 from jlora.training.losses import summed_cross_entropy
 
 # (trainable, frozen, batch, dropout key or None) -> (summed loss, tokens)
@@ -111,6 +112,7 @@ def make_step(
     grads = jax.tree.map(lambda g: g * share, grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    state = bring(state)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     new = dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
@@ -126,6 +128,14 @@ def make_step(
 
   everywhere = replicated(mesh)
   of_state, of_frozen = placed or (everywhere, everywhere)
+
+  def bring(state: TrainState) -> TrainState:
+    """Brings to the devices what lies in their hosts' memory."""
+    if not is_on_host(of_state):
+      return state
+    opt_state = jax.device_put(state.opt_state, on_device(of_state.opt_state))
+    return dataclasses.replace(state, opt_state=opt_state)
+
   return jax.jit(
     step,
     in_shardings=(of_state, of_frozen, by_example(mesh)),

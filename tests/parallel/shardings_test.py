@@ -12,7 +12,8 @@ from jlora.core.plan import is_frozen_leaf
 from jlora.errors import ConfigError
 from jlora.models import families
 from jlora.parallel.mesh import AXES
-from jlora.parallel.shardings import make_shardings, place
+from jlora.parallel.rules import place
+from jlora.parallel.shardings import make_shardings
 from jlora.training import adam_8bit
 
 UP = (None, 'fsdp', 'tensor')

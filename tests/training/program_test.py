@@ -2,11 +2,13 @@
 
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import pytest
 
 from jlora.checkpoints.bases import open_base
+from jlora.checkpoints.runs import RunCheckpoints
 from jlora.config import default_config, default_quant, resolve
 from jlora.parallel.mesh import make_mesh
 from jlora.training.halves import load_halves
@@ -65,3 +67,34 @@ def test_an_adapted_head_is_not_taken_for_a_constant(both):
     step, halves.state, halves.frozen, abstract_batch(spec, mesh)
   )
   assert state.trainable['embed']['embedding']['full'].shape == (320, 64)
+
+
+def test_moments_that_lie_on_the_host_change_nothing(both, tmp_path):
+  spec, config, mesh, *_ = both
+  base = open_base(spec.base)
+  batch = jax.tree.map(
+    lambda x: jnp.ones(x.shape, x.dtype), abstract_batch(spec, mesh)
+  )
+
+  def train(offload):
+    optim = dataclasses.replace(spec.optim, offload=offload)
+    run = dataclasses.replace(spec, optim=optim)
+    halves = load_halves(run, base, mesh, 3, None)
+    step = make_program(run, config, halves, mesh).step
+    state = halves.state
+    for _ in range(3):
+      state, _ = step(state, halves.frozen, batch)
+    return state
+
+  plain, offloaded = train(False), train(True)
+  chex.assert_trees_all_equal(plain, offloaded)
+  kinds = {
+    (x.ndim > 0, x.sharding.memory_kind)
+    for x in jax.tree.leaves(offloaded.opt_state)
+  }
+  assert kinds == {(True, 'pinned_host'), (False, 'device')}
+  with RunCheckpoints(tmp_path) as checkpoints:
+    checkpoints.save(offloaded, {})
+    restored, _ = checkpoints.restore(offloaded)
+  assert shapes_of(restored) == shapes_of(offloaded)
+  chex.assert_trees_all_equal(plain, restored)
