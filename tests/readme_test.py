@@ -2,8 +2,11 @@
 
 import contextlib
 import io
+import os
 import pathlib
 import re
+import subprocess
+import sys
 
 import jax.numpy as jnp
 import pytest
@@ -55,3 +58,27 @@ def test_the_files_that_commands_name_exist():
     assert (root / name).is_file()
   for module in re.findall(r'python -m (jlora\.\w+)', commands):
     assert (root / f'{module.replace(".", "/")}.py').is_file()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('flag', ['--processes=2', 'device_count=4'])
+def test_what_tries_many_devices_runs_as_printed(flag, tmp_path):
+  (block,) = (text for text in blocks('sh') if flag in text)
+  (tmp_path / 'experiments').symlink_to(README.parent / 'experiments')
+  environment = os.environ | {'PYTHONPATH': str(README.parent)}
+  environment['PATH'] = (
+    f'{pathlib.Path(sys.executable).parent}:{environment["PATH"]}'
+  )
+  ended = subprocess.run(
+    ['bash', '-c', block],
+    cwd=tmp_path,
+    env=environment,
+    capture_output=True,
+    text=True,
+    timeout=600,
+    check=False,
+  )
+  assert ended.returncode == 0, ended.stderr
+  (run,) = (tmp_path / 'runs').iterdir()
+  assert (run / 'summary.json').exists(), ended.stderr
+  assert re.search('parameters over [24] devices', ended.stdout)
