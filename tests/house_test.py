@@ -19,6 +19,7 @@ FLOORS = {
   'inference': 4,
   'training': 5,
   'comparison': 6,
+  'planning': 6,
 }
 TOP = 7  # config, front doors and what front doors share
 ANYWHERE = ('errors', 'version')

@@ -9,14 +9,16 @@ import jax
 import jax.numpy as jnp
 
 
-def compute_dtype(name: str) -> Any:
-  """Returns the dtype that a config's `train.dtype` means here.
+def compute_dtype(name: str, platform: str | None = None) -> Any:
+  """Returns the dtype that a config's `train.dtype` means.
 
   Args:
     name: 'float32', 'bfloat16', or 'auto': float32 on CPU, else bfloat16.
+    platform: 'cpu', 'cuda' or 'tpu'; None is what is computed on here.
   """
   if name == 'auto':
-    name = 'float32' if jax.default_backend() == 'cpu' else 'bfloat16'
+    platform = platform or jax.default_backend()
+    name = 'float32' if platform == 'cpu' else 'bfloat16'
   return jnp.dtype(name)
 
 

@@ -68,15 +68,28 @@ def measure(
     frozen_params=sum(x.size for x in leaves),
     trainable_params=trained,
     bytes={
-      'frozen, quantized': _on_one([x for x in leaves if is_quantized(x)]),
-      'frozen, dense': _on_one([x for x in leaves if not is_quantized(x)]),
-      'trainable': _on_one(state.trainable),
-      'optimizer state': _on_one(state.opt_state),
+      **bytes_by_part(frozen, state),
       'scratch of a step': memory.temp_size_in_bytes,
     },
     compiled_peak=peak,
     flops=float((compiled.cost_analysis() or {}).get('flops', 0.0)),
   )
+
+
+def bytes_by_part(frozen: Any, state: Any) -> dict[str, int]:
+  """Returns the bytes that one device holds between steps, by part.
+
+  Args:
+    frozen: The frozen half of the parameters, or its shapes.
+    state: The TrainState, or its shapes.
+  """
+  leaves = jax.tree.leaves(frozen, is_leaf=is_quantized)
+  return {
+    'frozen, quantized': _on_one([x for x in leaves if is_quantized(x)]),
+    'frozen, dense': _on_one([x for x in leaves if not is_quantized(x)]),
+    'trainable': _on_one(state.trainable),
+    'optimizer state': _on_one(state.opt_state),
+  }
 
 
 def _on_one(tree: Any) -> int:

@@ -1,0 +1,1 @@
+"""What a run will take on a machine that need not be here."""

@@ -1,0 +1,142 @@
+"""Bytes that devices exchange, read from a compiled program's text."""
+
+import collections
+import functools
+import re
+from collections.abc import Iterator
+from typing import NamedTuple
+
+KINDS = (
+  'all-gather',
+  'all-reduce',
+  'reduce-scatter',
+  'all-to-all',
+  'collective-permute',
+)
+_BITS = {'pred': 8, 'token': 0}  # of others, the number in their name
+_COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.-]+) .*\{$')
+_INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = (.*)$')
+_OPERATION = re.compile(r' ([a-z][\w-]*)\(([^()]*)\)')
+_ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
+_CALLED = re.compile(
+  r'(?:calls|to_apply|body|condition)=%?([\w.-]+)'
+  r'|(?:branch|called)_computations=\{([^}]*)\}'
+)
+_TRIPS = re.compile(r'known_trip_count\W+n\W+(\d+)')
+_NAME = re.compile(r'%?([\w.-]+)')
+
+
+class Instruction(NamedTuple):
+  """One line of a program.
+
+  Attributes:
+    operation: Such as 'all-gather-start'.
+    type: Of its result.
+    operands: Names of what it reads.
+    called: Names of the computations that it runs.
+    trips: How often it runs them.
+  """
+
+  operation: str
+  type: str
+  operands: tuple[str, ...]
+  called: tuple[str, ...]
+  trips: int
+
+
+def moved_bytes(text: str) -> dict[str, int]:
+  """Returns the bytes that one device exchanges in a step, by kind.
+
+  A collective counts the larger of what it reads and what it gives on one
+  device: a gathered array whole, a reduced one before it is scattered. Inside
+  a loop it counts as often as the loop runs.
+
+  Args:
+    text: From `compiled.as_text()`.
+  """
+  entry, computations = _parse(text)
+
+  @functools.cache
+  def total(name: str) -> collections.Counter[str]:
+    found: collections.Counter[str] = collections.Counter()
+    lines = computations.get(name, {})
+    for line in lines.values():
+      if (kind := _kind(line.operation)) is not None:
+        found[kind] += max(
+          bytes_of(line.type),
+          sum(bytes_of(lines[x].type) for x in _sources(line, lines)),
+        )
+      if not line.operation.endswith(('-done', '-update')):
+        for called in line.called:
+          for kind, size in total(called).items():
+            found[kind] += size * line.trips
+    return found
+
+  return dict(total(entry))
+
+
+def bytes_of(text: str) -> int:
+  """Returns the bytes of all arrays of a type such as '(f32[2,3], u8[4])'.
+
+  Args:
+    text: In XLA's notation; layouts are skipped.
+  """
+  total = 0
+  for dtype, shape in _ARRAY.findall(text):
+    number = re.search(r'\d+', dtype)
+    bits = _BITS.get(dtype, int(number[0]) if number else 0)
+    size = 1
+    for side in filter(None, shape.split(',')):
+      size *= int(side)
+    total += size * bits // 8
+  return total
+
+
+def _kind(operation: str) -> str | None:
+  """Returns the kind of a collective where it ends; of a start, None."""
+  kind = operation.removesuffix('-done')
+  return kind if kind in KINDS else None
+
+
+def _sources(line: Instruction, lines: dict[str, Instruction]) -> Iterator[str]:
+  """Yields the names of the arrays that a collective reads."""
+  for name in line.operands:
+    if name not in lines:
+      continue
+    if lines[name].operation.endswith('-start'):
+      yield from (x for x in lines[name].operands if x in lines)
+    else:
+      yield name
+
+
+def _parse(text: str) -> tuple[str, dict[str, dict[str, Instruction]]]:
+  """Returns the entry's name, and the lines of each computation by name."""
+  computations: dict[str, dict[str, Instruction]] = {}
+  entry, current = '', None
+  for raw in text.splitlines():
+    if match := _COMPUTATION.match(raw):
+      current = computations.setdefault(match[2], {})
+      entry = match[2] if match[1] else entry
+    elif current is not None and (match := _INSTRUCTION.match(raw)):
+      current[match[1]] = _instruction(match[2])
+  return entry, computations
+
+
+def _instruction(text: str) -> Instruction:
+  text = re.sub(r'/\*.*?\*/', '', text)
+  bare = re.sub(r'\{[^{}]*\}', '', text.split(', metadata=')[0])
+  match = _OPERATION.search(f' {bare}')
+  operation, operands = match.groups() if match else ('', '')
+  called = [
+    name
+    for single, several in _CALLED.findall(text)
+    for name in _NAME.findall(single or several)
+  ]
+  trips = _TRIPS.search(text)
+  return Instruction(
+    operation=operation,
+    type=bare[: match.start()] if match else bare,
+    operands=tuple(_NAME.findall(_ARRAY.sub('', operands))),
+    called=tuple(called),
+    trips=int(trips[1]) if trips else 1,
+  )

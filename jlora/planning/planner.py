@@ -1,0 +1,192 @@
+"""Compiles the step of a run for a machine, or counts where it cannot."""
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AbstractMesh, AxisType, Mesh
+
+from jlora.errors import ConfigError, MissingCompilerError
+from jlora.models.config import DecoderConfig
+from jlora.parallel.devices import compute_dtype
+from jlora.parallel.machines import GIB, Machine
+from jlora.parallel.mesh import AXES, make_mesh, sizes
+from jlora.parallel.topology import devices_of
+from jlora.planning.collectives import moved_bytes
+from jlora.planning.counting import count_gradients, count_inputs, count_scratch
+from jlora.planning.estimate import Estimate
+from jlora.planning.flops import count_flops
+from jlora.training.footprint import bytes_by_part
+from jlora.training.halves import Halves
+from jlora.training.job import check_rows, resolve
+from jlora.training.program import (
+  abstract_batch,
+  abstract_halves,
+  make_program,
+)
+from jlora.training.run_spec import MeshSpec, RunSpec
+
+_STEPS = 1000  # of the schedule, where a run is as long as its data
+_REFUSED = re.compile(
+  r'(?:Used|temporaries \(|requirement of) ?([\d.]+)([KMGT]?)'
+)
+_UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
+
+
+class Planner:
+  """What runs of one base take on one machine.
+
+  Attributes:
+    config: The base's sizes.
+    machine: The machine.
+    missing: Why nothing is compiled; empty where it is.
+    compiles: Programs compiled so far.
+  """
+
+  def __init__(self, config: DecoderConfig, machine: Machine):
+    """Finds the machine's devices, and so its compiler.
+
+    Args:
+      config: The base's sizes.
+      machine: From `find_machine`.
+
+    Raises:
+      ConfigError: More CPU devices were asked for than there are.
+    """
+    self.config, self.machine = config, machine
+    self.missing, self.compiles = '', 0
+    self._devices: Any = None
+    try:
+      self._devices = devices_of(machine)
+    except MissingCompilerError as error:
+      self.missing = str(error)
+    self._known: dict[RunSpec, Estimate] = {}
+
+  def prepare(self, spec: RunSpec) -> RunSpec:
+    """Returns a run that is resolved for the base and laid out on the machine.
+
+    Where its mesh is the default, many devices share the parameters too.
+
+    Args:
+      spec: The resolved config.
+
+    Raises:
+      ConfigError: It does not fit the base or the devices.
+    """
+    spec = resolve(spec, self.config)
+    if spec.mesh == MeshSpec() and self.machine.devices > 1:
+      mesh = MeshSpec(data=1, fsdp=self.machine.devices)
+      spec = dataclasses.replace(spec, mesh=mesh)
+    check_rows(spec, self.row_devices(spec))
+    return spec
+
+  def row_devices(self, spec: RunSpec) -> int:
+    """Returns how many devices work on rows of their own.
+
+    Args:
+      spec: The run.
+    """
+    data, fsdp, _ = sizes(*spec.mesh.sizes, self.machine.devices)
+    return data * fsdp
+
+  def estimate(self, spec: RunSpec) -> Estimate:
+    """Returns what a step of a run takes; asked again, it is remembered.
+
+    Args:
+      spec: From `prepare`.
+
+    Raises:
+      ConfigError: The run does not fit the devices.
+    """
+    if spec not in self._known:
+      self._known[spec] = self._estimate(spec)
+    return self._known[spec]
+
+  def count(self, spec: RunSpec, *, flops: bool = False) -> Estimate:
+    """Returns the estimate without a compiler.
+
+    Args:
+      spec: From `prepare`.
+      flops: Whether to count operations too, for which the step is traced.
+    """
+    halves = self._halves(spec, self._mesh(spec))
+    parts = self._parts(spec, halves)
+    parts['scratch'] = count_scratch(
+      spec, self.config, halves, self.machine.platform
+    )
+    peak, flops = sum(parts.values()), self._flops(spec) if flops else 0
+    return Estimate(self.machine, parts, peak, flops, {}, False)
+
+  def _estimate(self, spec: RunSpec) -> Estimate:
+    if self._devices is None:
+      return self.count(spec, flops=True)
+    self.compiles += 1
+    mesh = self._mesh(spec)
+    halves = self._halves(spec, mesh)
+    traced = make_program(spec, self.config, halves, mesh).step.trace(
+      halves.state, halves.frozen, abstract_batch(spec, mesh)
+    )
+    parts, flops = self._parts(spec, halves), count_flops(traced.jaxpr)
+    lowered = traced.lower(lowering_platforms=(self.machine.platform,))
+    make = functools.partial(Estimate, self.machine, flops=flops, compiled=True)
+    try:
+      compiled = lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+      asked = _asked(error, sum(parts.values()), self.machine.usable)
+      rest = asked - sum(parts.values())
+      parts['scratch'] = max(rest, 0)
+      return make(parts=parts, peak=asked, moved={}, refused=True)
+    memory = compiled.memory_analysis()
+    peak = (
+      memory.argument_size_in_bytes
+      + memory.temp_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+    )
+    parts['scratch'] = peak - sum(parts.values())
+    return make(parts=parts, peak=peak, moved=moved_bytes(compiled.as_text()))
+
+  def _mesh(self, spec: RunSpec) -> Mesh | AbstractMesh:
+    asked = spec.mesh.sizes
+    if self._devices is not None:
+      return make_mesh(*asked, devices=self._devices)
+    shape = sizes(*asked, self.machine.devices)
+    return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+  def _halves(self, spec: RunSpec, mesh: Any) -> Halves:
+    dtype = compute_dtype(spec.train.dtype, self.machine.platform)
+    steps = spec.train.steps or _STEPS
+    return abstract_halves(spec, self.config, dtype, mesh, steps)
+
+  def _parts(self, spec: RunSpec, halves: Halves) -> dict[str, int]:
+    parts = bytes_by_part(halves.frozen, halves.state)
+    parts['gradients'] = count_gradients(spec, parts['trainable'])
+    parts['layer inputs'] = count_inputs(spec, self.config, halves)
+    return parts
+
+  def _flops(self, spec: RunSpec) -> int:
+    """Counts the products of the step on one device, which are the same."""
+    mesh = make_mesh(1, devices=jax.devices('cpu')[:1])
+    halves = self._halves(spec, mesh)
+    step = make_program(spec, self.config, halves, mesh).step
+    batch = abstract_batch(spec, mesh)
+    return count_flops(step.trace(halves.state, halves.frozen, batch).jaxpr)
+
+
+def _asked(error: Exception, least: int, usable: int) -> int:
+  """Returns the bytes that a compiler refused, as its message says.
+
+  Raises:
+    ConfigError: It refused for another reason.
+  """
+  text = str(error)
+  if 'RESOURCE_EXHAUSTED' not in text:
+    raise ConfigError(
+      f'the compiler refuses this step: {text:.300}; change the mesh or the'
+      ' target'
+    ) from error
+  if (match := _REFUSED.search(text)) is None:
+    return max(least, usable + GIB)
+  return max(least, int(float(match[1]) * _UNITS[match[2]]))

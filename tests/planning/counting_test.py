@@ -1,0 +1,101 @@
+"""Counted bytes are near those that compilers find."""
+
+import dataclasses
+
+import pytest
+
+from jlora.models.config import DecoderConfig
+from jlora.parallel.machines import find_machine
+from jlora.planning.planner import Planner
+
+# Attention decides in one, the MLP in another, the logits in a third.
+WIDE = DecoderConfig(
+  vocab_size=1024,
+  embed_dim=128,
+  mlp_dim=1024,
+  layers=3,
+  heads=4,
+  kv_heads=2,
+  head_dim=32,
+)
+LLAMA = DecoderConfig(  # Llama-3.1-8B, of four layers
+  vocab_size=128256,
+  embed_dim=4096,
+  mlp_dim=14336,
+  layers=4,
+  heads=32,
+  kv_heads=8,
+  head_dim=128,
+  tie_embeddings=False,
+)
+LOGITS = dataclasses.replace(WIDE, vocab_size=32768, mlp_dim=256)
+CASES = {
+  'attention': (WIDE, {'data__max_length': 512, 'train__batch_size': 4}),
+  'mlp': (WIDE, {'data__max_length': 64, 'train__batch_size': 16}),
+  'logits': (LOGITS, {'train__loss_chunk': 512}),
+}
+
+
+def ratio(make_spec, config, target, **fields):
+  planner = Planner(config, find_machine(target))
+  spec = planner.prepare(make_spec(**fields))
+  compiled = planner.estimate(spec)
+  assert compiled.compiled
+  assert sum(compiled.parts.values()) == compiled.peak
+  return planner.count(spec).peak / compiled.peak
+
+
+@pytest.mark.parametrize('quant', [True, False], ids=['nf4', 'dense'])
+@pytest.mark.parametrize('case', CASES)
+def test_on_a_cpu_counting_is_within_a_tenth(make_spec, case, quant):
+  config, fields = CASES[case]
+  found = ratio(make_spec, config, 'cpu', quant=quant, **fields)
+  assert 0.9 <= found <= 1.1
+
+
+@pytest.mark.aot
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('quant', [True, False], ids=['nf4', 'dense'])
+@pytest.mark.parametrize('target', ['h100', 'a6000', 'v5e-1'])
+def test_elsewhere_counting_is_within_a_tenth(make_spec, target, quant):
+  found = ratio(make_spec, LLAMA, target, quant=quant, data__max_length=512)
+  print(target, quant, found)  # pytest -rP shows it
+  assert 0.9 <= found <= 1.1
+
+
+def test_twice_the_rows_are_twice_the_layer_inputs(make_counting, make_spec):
+  planner = make_counting('h100')
+  one, two = (
+    planner.count(planner.prepare(make_spec(train__batch_size=rows))).parts
+    for rows in (1, 2)
+  )
+  assert one['layer inputs'] == 3 * 256 * 128 * 2  # bfloat16
+  assert two['layer inputs'] == 2 * one['layer inputs']
+
+
+def test_microbatches_are_counted_one_at_a_time(make_counting, make_spec):
+  planner = make_counting('h100')
+  whole, cut = (
+    planner.count(planner.prepare(make_spec(train__accumulate=n))).parts
+    for n in (1, 4)
+  )
+  assert cut['layer inputs'] == whole['layer inputs'] // 4
+  assert cut['gradients'] == 2 * whole['gradients']  # and their sum
+
+
+def test_remat_trades_bytes_for_work(make_counting, make_spec):
+  planner = make_counting('h100')
+  full, dots, none = (
+    planner.count(planner.prepare(make_spec(train__remat=remat))).parts
+    for remat in ('full', 'dots', 'none')
+  )
+  assert full['layer inputs'] < dots['layer inputs'] < none['layer inputs']
+
+
+def test_devices_share_what_fsdp_cuts(make_counting, make_spec):
+  one = make_counting('h100')
+  eight = make_counting('h100-8')
+  alone = one.count(one.prepare(make_spec(train__batch_size=8))).parts
+  shared = eight.count(eight.prepare(make_spec(train__batch_size=8))).parts
+  for part in ('trainable', 'optimizer state', 'layer inputs'):
+    assert shared[part] <= alone[part] / 7.9, part

@@ -1,0 +1,48 @@
+"""Facts of jlora.planning.flops."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jlora.planning.flops import count_flops
+
+X, W = jnp.zeros((3, 4)), jnp.zeros((4, 5))
+ONE = 2 * 3 * 4 * 5
+
+
+def scanned(x, w):
+  def body(carry, _):
+    return carry, x @ w
+
+  return jax.lax.scan(body, 0, length=7)
+
+
+def branched(x, w):
+  return jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: (x @ w) + (x @ w))
+
+
+@pytest.mark.parametrize(
+  ('run', 'times'),
+  [
+    (jnp.matmul, 1),
+    (scanned, 7),
+    (branched, 2),
+    (jax.jit(scanned), 7),
+    (jax.checkpoint(jnp.matmul), 1),
+    (lambda x, w: jnp.einsum('bij,jk->bik', x[None].repeat(6, 0), w), 6),
+    (lambda x, w: jnp.sin(x).sum() + w.sum(), 0),
+  ],
+)
+def test_products_count_as_often_as_they_run(run, times):
+  assert count_flops(jax.make_jaxpr(run)(X, W)) == times * ONE
+
+
+def test_what_is_recomputed_counts_again():
+  def loss(x, w):
+    return jnp.sum(jnp.sin(x @ w) ** 2)
+
+  plain = count_flops(jax.make_jaxpr(jax.grad(loss, (0, 1)))(X, W))
+  again = count_flops(
+    jax.make_jaxpr(jax.grad(jax.checkpoint(loss), (0, 1)))(X, W)
+  )
+  assert (plain, again) == (3 * ONE, 4 * ONE)
