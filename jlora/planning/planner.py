@@ -19,13 +19,12 @@ from jlora.planning.counting import count_gradients, count_inputs, count_scratch
 from jlora.planning.estimate import Estimate
 from jlora.planning.flops import count_flops
 from jlora.training.footprint import bytes_by_part
-from jlora.training.halves import Halves
-from jlora.training.job import check_rows, resolve
+from jlora.training.halves import Halves, abstract_halves
 from jlora.training.program import (
   abstract_batch,
-  abstract_halves,
   make_program,
 )
+from jlora.training.requirements import check_rows, resolve
 from jlora.training.run_spec import MeshSpec, RunSpec
 
 _STEPS = 1000  # of the schedule, where a run is as long as its data

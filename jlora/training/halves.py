@@ -16,7 +16,7 @@ from jlora.core.plan import is_frozen_leaf
 from jlora.core.state import TrainState
 from jlora.core.tree import arrays_by_path, matching, nest
 from jlora.models import families
-from jlora.parallel.devices import compute_dtype
+from jlora.models.config import DecoderConfig
 from jlora.parallel.shardings import Shardings, make_shardings
 from jlora.training.optimizers import make_optimizer
 from jlora.training.run_spec import RunSpec
@@ -42,45 +42,67 @@ class Halves(NamedTuple):
   dtype: Any
 
 
-def load_halves(
-  spec: RunSpec, base: Base, mesh: Mesh, steps: int, starts: Starts | None
+def abstract_halves(
+  spec: RunSpec, config: DecoderConfig, dtype: Any, mesh: Mesh, steps: int
 ) -> Halves:
-  """Reads a base leaf by leaf, and makes the state before the first step.
+  """Returns what `load_halves` will, as shapes: no base is read.
+
+  Args:
+    spec: The run, resolved for its base.
+    config: The base's sizes.
+    dtype: What the base computes in.
+    mesh: The devices; they need not be here.
+    steps: Updates of the whole run.
+
+  Raises:
+    ConfigError: The specs do not fit the base.
+  """
+  params = nest(families.shapes(config, dtype))
+  frozen, trainable = partition(
+    jax.random.key(0), params, spec.lora, quant=spec.quant
+  )
+  shardings = shardings_of(spec, frozen, mesh)
+  tx = make_optimizer(spec.optim, steps, trainable)
+  state = TrainState(
+    jax.ShapeDtypeStruct((), jnp.int32),
+    trainable,
+    jax.eval_shape(tx.init, trainable),
+  )
+  state = _put(state, shardings.state(state))
+  frozen = _put(frozen, shardings.frozen(frozen))
+  return Halves(frozen, state, tx, {}, shardings, dtype)
+
+
+def load_halves(
+  spec: RunSpec, base: Base, shapes: Halves, starts: Starts | None
+) -> Halves:
+  """Reads a base, and makes the state before the first step.
 
   Args:
     spec: The run, resolved for its base.
     base: The base.
-    mesh: The devices.
-    steps: Updates of the whole run.
+    shapes: From `abstract_halves`.
     starts: Of the run that is continued or evaluated; None finds them.
 
   Raises:
-    JloraError: The specs do not fit the base, or it is damaged.
+    JloraError: The base is damaged.
   """
-  dtype = compute_dtype(spec.train.dtype)
-  shapes = nest(families.shapes(base.config))
-  abstract, _ = partition(
-    jax.random.key(0), shapes, spec.lora, quant=spec.quant
-  )
-  shardings = shardings_of(spec, abstract, mesh)
   frozen, trainable, starts = placement.load_halves(
     jax.random.key(spec.seed),
     base,
     spec.lora,
     spec.quant,
-    dtype,
+    shapes.dtype,
     starts=starts,
-    shardings=shardings,
+    shardings=shapes.shardings,
   )
-  tx = make_optimizer(spec.optim, steps, trainable)
 
   def first(trainable: Any) -> TrainState:
-    return TrainState(jnp.int32(0), trainable, tx.init(trainable))
+    return TrainState(jnp.int32(0), trainable, shapes.tx.init(trainable))
 
-  placed = shardings.state(jax.eval_shape(first, trainable))
+  placed = shapes.shardings.state(shapes.state)
   make = jax.jit(first, out_shardings=placed, donate_argnums=0)
-  state = make(trainable)
-  return Halves(frozen, state, tx, starts, shardings, dtype)
+  return shapes._replace(frozen=frozen, state=make(trainable), starts=starts)
 
 
 def shardings_of(spec: RunSpec, frozen: Any, mesh: Mesh) -> Shardings:
@@ -99,4 +121,13 @@ def shardings_of(spec: RunSpec, frozen: Any, mesh: Mesh) -> Shardings:
   matching((pattern for pattern, _ in own), leaves)  # each one, or it refuses
   return make_shardings(
     leaves, (*own, *families.SHARDING), mesh, offload=spec.optim.offload
+  )
+
+
+def _put(tree: Any, shardings: Any) -> Any:
+  """Returns the shapes of a tree with the shardings of one like it."""
+  return jax.tree.map(
+    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+    tree,
+    shardings,
   )

@@ -15,25 +15,23 @@ from jlora.checkpoints.starts import Starts
 from jlora.core.decompositions import Start
 from jlora.core.description import Description, describe
 from jlora.core.lift import lift
-from jlora.core.plan import make_plan
-from jlora.core.split import make_split
 from jlora.core.state import TrainState
-from jlora.core.tree import leaves_by_path, nest
 from jlora.data.batch import Batch
 from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
 from jlora.data.report import show_examples
-from jlora.errors import ConfigError, DataError
+from jlora.errors import DataError
 from jlora.models import families
-from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel import processes
+from jlora.parallel.devices import compute_dtype
 from jlora.parallel.mesh import by_example, make_mesh
 from jlora.parallel.shardings import Shardings
 from jlora.training.footprint import Footprint, measure
-from jlora.training.halves import load_halves
+from jlora.training.halves import abstract_halves, load_halves
 from jlora.training.optimizers import make_schedule
 from jlora.training.program import abstract_batch, make_program
+from jlora.training.requirements import check_rows, require_one_run, resolve
 from jlora.training.run_spec import RunSpec
 
 
@@ -155,68 +153,43 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   loader = make_loader(spec, data)
   steps = _count_steps(spec, loader)
 
+  fingerprint = digest((*data.train, *data.eval))
+  require_one_run(spec, base, fingerprint)
+
+  dtype = compute_dtype(spec.train.dtype)
+  halves = abstract_halves(spec, base.config, dtype, mesh, steps)
+  program = make_program(spec, base.config, halves, mesh)
+  batch = abstract_batch(spec, mesh)
+  compiled = program.step.lower(halves.state, halves.frozen, batch).compile()
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
-  _compare(spec, base, data)
-  loaded = load_halves(spec, base, mesh, steps, starts)
-  frozen, state, dtype = loaded.frozen, loaded.state, loaded.dtype
-  gather = loaded.shardings.gather
-  program = make_program(spec, base.config, loaded, mesh)
-
-  batch = abstract_batch(spec, mesh)
-  compiled = program.step.lower(state, frozen, batch).compile()
+  halves = load_halves(spec, base, halves, starts)
   shapes = families.shapes(base.config, dtype)
   description = describe(shapes, spec.lora, quant=spec.quant)
   return Job(
     spec=spec,
     base=base,
     data=data,
-    digest=digest((*data.train, *data.eval)),
+    digest=fingerprint,
     loader=loader,
     held_out=_held_out(spec, data),
     steps=steps,
-    frozen=frozen,
-    state=state,
-    starts=loaded.starts,
+    frozen=halves.frozen,
+    state=halves.state,
+    starts=halves.starts,
     step=compiled,
     evaluate=program.evaluate,
-    apply=lift(Decoder(base.config, dtype=dtype).apply, gather=gather),
+    apply=lift(
+      Decoder(base.config, dtype=dtype).apply, gather=halves.shardings.gather
+    ),
     dtype=dtype,
     schedule=make_schedule(spec.optim, steps),
     description=description,
-    shardings=loaded.shardings,
-    footprint=measure(frozen, state, compiled, trained=description.parameters),
+    shardings=halves.shardings,
+    footprint=measure(
+      halves.frozen, halves.state, compiled, trained=description.parameters
+    ),
   )
-
-
-def resolve(spec: RunSpec, config: DecoderConfig) -> RunSpec:
-  """Returns the run with presets and axes of its base's family.
-
-  Args:
-    spec: The resolved config.
-    config: The sizes of the base that it trains.
-
-  Raises:
-    ConfigError: The rows are longer than the base was trained for, or the
-      specs name something that this base does not have.
-  """
-  limit = config.max_positions
-  if spec.data.max_length > limit:
-    raise ConfigError(
-      f'data.max_length is {spec.data.max_length}, but this base was trained'
-      f' for {limit} positions; lower it'
-    )
-  quant = spec.quant and families.resolve(spec.quant, config)
-  lora = families.resolve(spec.lora, config)
-  shapes = families.shapes(config)
-  whole = make_plan(shapes, lora).full
-  if quant is not None and set(whole) == set(shapes):
-    raise ConfigError(
-      'quant is set, but lora.train_full takes every leaf, so there is nothing'
-      ' to quantize; set quant to None, as experiments/full.py does'
-    )
-  make_split(leaves_by_path(nest(shapes)), lora, quant)  # or refuses
-  return dataclasses.replace(spec, lora=lora, quant=quant)
 
 
 def load_data(spec: RunSpec, base: Base) -> Prepared:
@@ -258,14 +231,6 @@ def make_loader(spec: RunSpec, data: Prepared) -> Loader:
   )
 
 
-def _compare(spec: RunSpec, base: Base, data: Prepared) -> None:
-  """Requires that all processes train the same."""
-  processes.require_same('config', spec.to_json())
-  sizes = [path.stat().st_size for path in base.model.paths]
-  processes.require_same('base', f'{base.config} {sizes}')
-  processes.require_same('data', digest((*data.train, *data.eval)))
-
-
 def _held_out(spec: RunSpec, data: Prepared) -> list[Batch]:
   return eval_batches(
     data.eval,
@@ -273,25 +238,6 @@ def _held_out(spec: RunSpec, data: Prepared) -> list[Batch]:
     max_length=spec.data.max_length,
     pack=spec.data.pack,
   )
-
-
-def check_rows(spec: RunSpec, devices: int) -> None:
-  """Requires that devices can share the rows of a microbatch.
-
-  Args:
-    spec: The run.
-    devices: How many work on rows of their own.
-
-  Raises:
-    ConfigError: They cannot.
-  """
-  rows = spec.train.batch_size // spec.train.accumulate
-  if rows % devices:
-    raise ConfigError(
-      f'train.batch_size {spec.train.batch_size} over train.accumulate'
-      f' {spec.train.accumulate} gives {rows} rows, which {devices} devices'
-      ' cannot share; make it a multiple'
-    )
 
 
 def _count_steps(spec: RunSpec, loader: Loader) -> int:

@@ -7,16 +7,13 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jlora.core.partition import partition
-from jlora.core.state import TrainState
-from jlora.core.tree import leaves_by_path, nest
+from jlora.core.tree import leaves_by_path
 from jlora.data.batch import Batch
 from jlora.models import families
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel.mesh import by_example
-from jlora.training.halves import Halves, shardings_of
-from jlora.training.optimizers import make_optimizer
+from jlora.training.halves import Halves
 from jlora.training.run_spec import RunSpec
 from jlora.training.step import make_evaluation, make_loss, make_step
 
@@ -70,37 +67,6 @@ def _head_is_frozen(trainable: Any, config: DecoderConfig) -> bool:
   return not any(p.startswith(f'{head}/') for p in leaves_by_path(trainable))
 
 
-def abstract_halves(
-  spec: RunSpec, config: DecoderConfig, dtype: Any, mesh: Mesh, steps: int
-) -> Halves:
-  """Returns what `load_halves` would, as shapes: no base is read.
-
-  Args:
-    spec: The run, resolved for its base.
-    config: The base's sizes.
-    dtype: What the base computes in.
-    mesh: The devices; they need not be here.
-    steps: Updates of the whole run.
-
-  Raises:
-    ConfigError: The specs do not fit the base.
-  """
-  params = nest(families.shapes(config, dtype))
-  frozen, trainable = partition(
-    jax.random.key(0), params, spec.lora, quant=spec.quant
-  )
-  shardings = shardings_of(spec, frozen, mesh)
-  tx = make_optimizer(spec.optim, steps, trainable)
-  state = TrainState(
-    jax.ShapeDtypeStruct((), jnp.int32),
-    trainable,
-    jax.eval_shape(tx.init, trainable),
-  )
-  state = _put(state, shardings.state(state))
-  frozen = _put(frozen, shardings.frozen(frozen))
-  return Halves(frozen, state, tx, {}, shardings, dtype)
-
-
 def abstract_batch(spec: RunSpec, mesh: Mesh) -> Batch:
   """Returns the shapes of a batch [batch_size, max_length] of a run.
 
@@ -113,12 +79,3 @@ def abstract_batch(spec: RunSpec, mesh: Mesh) -> Batch:
   ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=placed)
   mask = jax.ShapeDtypeStruct(shape, jnp.float32, sharding=placed)
   return Batch(ids, ids, mask, ids, ids)
-
-
-def _put(tree: Any, shardings: Any) -> Any:
-  """Returns the shapes of a tree with the shardings of one like it."""
-  return jax.tree.map(
-    lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-    tree,
-    shardings,
-  )

@@ -14,6 +14,7 @@ import pathlib
 import sys
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora.checkpoints.bases import open_base
@@ -24,10 +25,10 @@ from jlora.data.batch import Batch
 from jlora.models import families
 from jlora.parallel import processes
 from jlora.parallel.mesh import by_example, make_mesh
-from jlora.training.halves import load_halves
-from jlora.training.job import resolve
+from jlora.training.halves import abstract_halves, load_halves
 from jlora.training.optimizers import OptimSpec
 from jlora.training.program import make_program
+from jlora.training.requirements import resolve
 from jlora.training.run_spec import (
   DataSpec,
   EvalSpec,
@@ -100,7 +101,8 @@ def load(spec, mesh):
     return found
 
   model.read = counted
-  return base, spec, load_halves(spec, base, mesh, STEPS, None), read
+  halves = abstract_halves(spec, base.config, jnp.float32, mesh, STEPS)
+  return base, spec, load_halves(spec, base, halves, None), read
 
 
 def train(spec, base, halves, mesh):

@@ -11,9 +11,9 @@ from jlora.checkpoints.bases import open_base
 from jlora.checkpoints.runs import RunCheckpoints
 from jlora.config import default_config, default_quant, resolve
 from jlora.parallel.mesh import make_mesh
-from jlora.training.halves import load_halves
-from jlora.training.job import resolve as resolve_for
-from jlora.training.program import abstract_batch, abstract_halves, make_program
+from jlora.training.halves import abstract_halves, load_halves
+from jlora.training.program import abstract_batch, make_program
+from jlora.training.requirements import resolve as resolve_for
 
 
 def shapes_of(tree):
@@ -33,8 +33,8 @@ def both(request, tiny_base):
   base = open_base(str(tiny_base))
   spec = resolve_for(resolve(config), base.config)
   mesh = make_mesh(devices=jax.devices()[:1])
-  loaded = load_halves(spec, base, mesh, 3, None)
   shapes = abstract_halves(spec, base.config, jnp.float32, mesh, 3)
+  loaded = load_halves(spec, base, shapes, None)
   return spec, base.config, mesh, loaded, shapes
 
 
@@ -79,7 +79,8 @@ def test_moments_that_lie_on_the_host_change_nothing(both, tmp_path):
   def train(offload):
     optim = dataclasses.replace(spec.optim, offload=offload)
     run = dataclasses.replace(spec, optim=optim)
-    halves = load_halves(run, base, mesh, 3, None)
+    halves = abstract_halves(run, config, jnp.float32, mesh, 3)
+    halves = load_halves(run, base, halves, None)
     step = make_program(run, config, halves, mesh).step
     state = halves.state
     for _ in range(3):

@@ -1,0 +1,79 @@
+"""What a run must fulfil before its base is read."""
+
+import dataclasses
+
+from jlora.checkpoints.bases import Base
+from jlora.core.plan import make_plan
+from jlora.core.split import make_split
+from jlora.core.tree import leaves_by_path, nest
+from jlora.errors import ConfigError
+from jlora.models import families
+from jlora.models.config import DecoderConfig
+from jlora.parallel import processes
+from jlora.training.run_spec import RunSpec
+
+
+def resolve(spec: RunSpec, config: DecoderConfig) -> RunSpec:
+  """Returns the run with presets and axes of its base's family.
+
+  Args:
+    spec: The resolved config.
+    config: The sizes of the base that it trains.
+
+  Raises:
+    ConfigError: The rows are longer than the base was trained for, or the
+      specs name something that this base does not have.
+  """
+  limit = config.max_positions
+  if spec.data.max_length > limit:
+    raise ConfigError(
+      f'data.max_length is {spec.data.max_length}, but this base was trained'
+      f' for {limit} positions; lower it'
+    )
+  quant = spec.quant and families.resolve(spec.quant, config)
+  lora = families.resolve(spec.lora, config)
+  shapes = families.shapes(config)
+  whole = make_plan(shapes, lora).full
+  if quant is not None and set(whole) == set(shapes):
+    raise ConfigError(
+      'quant is set, but lora.train_full takes every leaf, so there is nothing'
+      ' to quantize; set quant to None, as experiments/full.py does'
+    )
+  make_split(leaves_by_path(nest(shapes)), lora, quant)  # or refuses
+  return dataclasses.replace(spec, lora=lora, quant=quant)
+
+
+def check_rows(spec: RunSpec, devices: int) -> None:
+  """Requires that devices can share the rows of a microbatch.
+
+  Args:
+    spec: The run.
+    devices: How many work on rows of their own.
+
+  Raises:
+    ConfigError: They cannot.
+  """
+  rows = spec.train.batch_size // spec.train.accumulate
+  if rows % devices:
+    raise ConfigError(
+      f'train.batch_size {spec.train.batch_size} over train.accumulate'
+      f' {spec.train.accumulate} gives {rows} rows, which {devices} devices'
+      ' cannot share; make it a multiple'
+    )
+
+
+def require_one_run(spec: RunSpec, base: Base, fingerprint: str) -> None:
+  """Requires that all processes train the same.
+
+  Args:
+    spec: The run.
+    base: Its base, as this process sees it.
+    fingerprint: Of its examples, likewise.
+
+  Raises:
+    ConfigError: Another process has others.
+  """
+  processes.require_same('config', spec.to_json())
+  sizes = [path.stat().st_size for path in base.model.paths]
+  processes.require_same('base', f'{base.config} {sizes}')
+  processes.require_same('data', fingerprint)
