@@ -18,8 +18,10 @@ from jax.experimental import topologies
 from jlora.errors import ConfigError, MissingCompilerError
 from jlora.parallel.machines import Machine, specification
 
-# What libtpu otherwise asks a TPU's own machine for.
+# What libtpu otherwise asks a TPU's own machine for; and that its compiler may
+# be used while another process has it too.
 _TPU_ENVIRONMENT = {
+  'ALLOW_MULTIPLE_LIBTPU_LOAD': '1',
   'TPU_SKIP_MDS_QUERY': '1',
   'TPU_ACCELERATOR_TYPE': 'v5litepod-4',
   'TPU_WORKER_HOSTNAMES': 'localhost',

@@ -23,6 +23,7 @@ _CALLED = re.compile(
   r'|(?:branch|called)_computations=\{([^}]*)\}'
 )
 _TRIPS = re.compile(r'known_trip_count\W+n\W+(\d+)')
+_CHANNEL = re.compile(r'channel_id=(\d+)')
 _NAME = re.compile(r'%?([\w.-]+)')
 
 
@@ -34,7 +35,9 @@ class Instruction(NamedTuple):
     type: Of its result.
     operands: Names of what it reads.
     called: Names of the computations that it runs.
-    trips: How often it runs them.
+    trips: How often it runs them, where the compiler says so; else 0.
+    channel: Of a collective; empty where it has none.
+    text: What stands in its parentheses, such as a constant's value.
   """
 
   operation: str
@@ -42,6 +45,8 @@ class Instruction(NamedTuple):
   operands: tuple[str, ...]
   called: tuple[str, ...]
   trips: int
+  channel: str
+  text: str
 
 
 def moved_bytes(text: str) -> dict[str, int]:
@@ -57,22 +62,29 @@ def moved_bytes(text: str) -> dict[str, int]:
   entry, computations = _parse(text)
 
   @functools.cache
-  def total(name: str) -> collections.Counter[str]:
-    found: collections.Counter[str] = collections.Counter()
+  def found(name: str) -> dict[str, tuple[str, int]]:
+    """Returns kind and bytes by channel: a fused one has several lines."""
+    result: dict[str, tuple[str, int]] = {}
     lines = computations.get(name, {})
-    for line in lines.values():
+    for key, line in lines.items():
+      moved = {}
       if (kind := _kind(line.operation)) is not None:
-        found[kind] += max(
-          bytes_of(line.type),
-          sum(bytes_of(lines[x].type) for x in _sources(line, lines)),
-        )
-      if not line.operation.endswith(('-done', '-update')):
+        sources = (lines[x] for x in _sources(line, lines))
+        size = max(bytes_of(line.type), sum(bytes_of(x.type) for x in sources))
+        moved[_channel(line, lines) or f'{name} {key}'] = kind, size
+      elif not line.operation.endswith(('-done', '-update')):
         for called in line.called:
-          for kind, size in total(called).items():
-            found[kind] += size * line.trips
-    return found
+          moved |= found(called)
+      trips = _trips(line, computations)
+      for channel, (kind, size) in moved.items():
+        old = result.get(channel, (kind, 0))[1]
+        result[channel] = kind, max(old, size * trips)
+    return result
 
-  return dict(total(entry))
+  total: collections.Counter[str] = collections.Counter()
+  for kind, size in found(entry).values():
+    total[kind] += size
+  return dict(total)
 
 
 def bytes_of(text: str) -> int:
@@ -90,6 +102,37 @@ def bytes_of(text: str) -> int:
       size *= int(side)
     total += size * bits // 8
   return total
+
+
+def _channel(line: Instruction, lines: dict[str, Instruction]) -> str:
+  """Returns the channel of a collective; of one that ends, of its start."""
+  starts = (lines[x].channel for x in line.operands if x in lines)
+  return line.channel or next(filter(None, starts), '')
+
+
+def _trips(
+  line: Instruction, computations: dict[str, dict[str, Instruction]]
+) -> int:
+  """Returns how often a line runs what it calls.
+
+  Where the compiler does not say it of a loop, it is the number that the
+  loop's condition compares with: those of scans count up from zero.
+  """
+  if line.operation != 'while' or line.trips:
+    return line.trips or 1
+  limits = [
+    int(inner.text)
+    for name in line.called
+    for inner in computations.get(name, {}).values()
+    if inner.operation == 'constant'
+    and inner.text.isdecimal()
+    and _is_condition(computations[name])
+  ]
+  return max(limits, default=1)
+
+
+def _is_condition(lines: dict[str, Instruction]) -> bool:
+  return 0 < len(lines) < 8 and list(lines.values())[-1].type.startswith('pred')
 
 
 def _kind(operation: str) -> str | None:
@@ -132,11 +175,13 @@ def _instruction(text: str) -> Instruction:
     for single, several in _CALLED.findall(text)
     for name in _NAME.findall(single or several)
   ]
-  trips = _TRIPS.search(text)
+  trips, channel = _TRIPS.search(text), _CHANNEL.search(text)
   return Instruction(
     operation=operation,
     type=bare[: match.start()] if match else bare,
     operands=tuple(_NAME.findall(_ARRAY.sub('', operands))),
     called=tuple(called),
-    trips=int(trips[1]) if trips else 1,
+    trips=int(trips[1]) if trips else 0,
+    channel=channel[1] if channel else '',
+    text=operands,
   )

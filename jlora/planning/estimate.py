@@ -21,7 +21,6 @@ class Estimate:
     parts: Bytes of each device by part, `KEPT` and `WITHIN`.
     peak: Bytes of each device at the peak: arguments + temporary buffers +
       results - buffers shared by both.
-    flops: Of all matrix products of the step, over all devices.
     moved: Bytes that a device exchanges, by kind of collective.
     compiled: Whether a compiler said so; else it is counted.
     refused: Whether the compiler gave up for lack of memory; `peak` is then
@@ -31,7 +30,6 @@ class Estimate:
   machine: Machine
   parts: dict[str, int]
   peak: int
-  flops: int
   moved: dict[str, int]
   compiled: bool
   refused: bool = False
@@ -62,7 +60,6 @@ class Estimate:
     yield how, f'{self.peak / GIB:,.2f} GiB'
     yield 'usable', f'{self.machine.usable / GIB:,.2f} GiB'
     yield 'verdict', self.verdict()
-    yield 'FLOPs a step', f'{self.flops:.3g}, in matrix products'
     if self.machine.devices > 1:
       yield from self._moved()
     if self._needs_fraction():

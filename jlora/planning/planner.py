@@ -1,7 +1,6 @@
 """Compiles the step of a run for a machine, or counts where it cannot."""
 
 import dataclasses
-import functools
 import re
 from typing import Any
 
@@ -18,7 +17,7 @@ from jlora.planning.collectives import moved_bytes
 from jlora.planning.counting import count_gradients, count_inputs, count_scratch
 from jlora.planning.estimate import Estimate
 from jlora.planning.flops import count_flops
-from jlora.training.footprint import bytes_by_part
+from jlora.training.footprint import bytes_by_part, compiled_peak
 from jlora.training.halves import Halves, abstract_halves
 from jlora.training.program import (
   abstract_batch,
@@ -103,49 +102,55 @@ class Planner:
       self._known[spec] = self._estimate(spec)
     return self._known[spec]
 
-  def count(self, spec: RunSpec, *, flops: bool = False) -> Estimate:
+  def count(self, spec: RunSpec) -> Estimate:
     """Returns the estimate without a compiler.
 
     Args:
       spec: From `prepare`.
-      flops: Whether to count operations too, for which the step is traced.
     """
     halves = self._halves(spec, self._mesh(spec))
     parts = self._parts(spec, halves)
     parts['scratch'] = count_scratch(
       spec, self.config, halves, self.machine.platform
     )
-    peak, flops = sum(parts.values()), self._flops(spec) if flops else 0
-    return Estimate(self.machine, parts, peak, flops, {}, False)
+    return Estimate(self.machine, parts, sum(parts.values()), {}, False)
+
+  def flops(self, spec: RunSpec) -> int:
+    """Returns the operations of a step, as of all devices together.
+
+    It is traced for one device, where the products are the same.
+
+    Args:
+      spec: From `prepare`.
+    """
+    mesh = make_mesh(1, devices=jax.devices('cpu')[:1])
+    halves = self._halves(spec, mesh)
+    step = make_program(spec, self.config, halves, mesh).step
+    batch = abstract_batch(spec, mesh)
+    return count_flops(step.trace(halves.state, halves.frozen, batch).jaxpr)
 
   def _estimate(self, spec: RunSpec) -> Estimate:
     if self._devices is None:
-      return self.count(spec, flops=True)
+      return self.count(spec)
     self.compiles += 1
     mesh = self._mesh(spec)
     halves = self._halves(spec, mesh)
     traced = make_program(spec, self.config, halves, mesh).step.trace(
       halves.state, halves.frozen, abstract_batch(spec, mesh)
     )
-    parts, flops = self._parts(spec, halves), count_flops(traced.jaxpr)
+    parts = self._parts(spec, halves)
     lowered = traced.lower(lowering_platforms=(self.machine.platform,))
-    make = functools.partial(Estimate, self.machine, flops=flops, compiled=True)
     try:
       compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
       asked = _asked(error, sum(parts.values()), self.machine.usable)
       rest = asked - sum(parts.values())
       parts['scratch'] = max(rest, 0)
-      return make(parts=parts, peak=asked, moved={}, refused=True)
-    memory = compiled.memory_analysis()
-    peak = (
-      memory.argument_size_in_bytes
-      + memory.temp_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-    )
+      return Estimate(self.machine, parts, asked, {}, True, refused=True)
+    peak = compiled_peak(compiled)
     parts['scratch'] = peak - sum(parts.values())
-    return make(parts=parts, peak=peak, moved=moved_bytes(compiled.as_text()))
+    moved = moved_bytes(compiled.as_text())
+    return Estimate(self.machine, parts, peak, moved, True)
 
   def _mesh(self, spec: RunSpec) -> Mesh | AbstractMesh:
     asked = spec.mesh.sizes
@@ -164,14 +169,6 @@ class Planner:
     parts['gradients'] = count_gradients(spec, parts['trainable'])
     parts['layer inputs'] = count_inputs(spec, self.config, halves)
     return parts
-
-  def _flops(self, spec: RunSpec) -> int:
-    """Counts the products of the step on one device, which are the same."""
-    mesh = make_mesh(1, devices=jax.devices('cpu')[:1])
-    halves = self._halves(spec, mesh)
-    step = make_program(spec, self.config, halves, mesh).step
-    batch = abstract_batch(spec, mesh)
-    return count_flops(step.trace(halves.state, halves.frozen, batch).jaxpr)
 
 
 def _asked(error: Exception, least: int, usable: int) -> int:

@@ -43,14 +43,16 @@ def plan(
     ready = planner.prepare(spec)
     _introduce(planner, spec, ready, console)
     estimate = planner.estimate(ready)
+    flops = planner.flops(ready)
     rows = list(estimate.rows())
+    rows.append(('FLOPs a step', f'{flops:.3g}, in matrix products'))
     if search and estimate.fits:
       rows += _largest(planner, ready)
     for name, value in rows:
       console.print(f'  {name:<22} {value}')
     if search and not estimate.fits:
       rows += _advise(planner, ready, console)
-    records.append(_record(estimate, ready, rows))
+    records.append(_record(estimate, ready, rows) | {'flops': flops})
     lines += [(planner.machine.name, *row) for row in rows]
   if out is not None:
     head = ('target', 'what', 'value')
@@ -146,7 +148,6 @@ def _record(
     'peak': estimate.peak,
     'usable': estimate.machine.usable,
     'fits': estimate.fits,
-    'flops': estimate.flops,
     'moved': estimate.moved,
     'config': json.loads(spec.to_json()),
     'said': [list(row) for row in rows],

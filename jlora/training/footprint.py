@@ -58,12 +58,6 @@ def measure(
   """
   leaves = jax.tree.leaves(frozen, is_leaf=is_quantized)
   memory = compiled.memory_analysis()
-  peak = (
-    memory.argument_size_in_bytes
-    + memory.temp_size_in_bytes
-    + memory.output_size_in_bytes
-    - memory.alias_size_in_bytes
-  )
   return Footprint(
     frozen_params=sum(x.size for x in leaves),
     trainable_params=trained,
@@ -71,8 +65,23 @@ def measure(
       **bytes_by_part(frozen, state),
       'scratch of a step': memory.temp_size_in_bytes,
     },
-    compiled_peak=peak,
+    compiled_peak=compiled_peak(compiled),
     flops=float((compiled.cost_analysis() or {}).get('flops', 0.0)),
+  )
+
+
+def compiled_peak(compiled: Any) -> int:
+  """Returns the bytes that one device holds at the peak of a program.
+
+  Args:
+    compiled: The program.
+  """
+  memory = compiled.memory_analysis()
+  return (
+    memory.argument_size_in_bytes
+    + memory.temp_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
   )
 
 

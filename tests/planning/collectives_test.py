@@ -51,6 +51,26 @@ def test_a_loop_counts_as_often_as_it_runs():
   assert moved_bytes(PROGRAM)['all-gather'] == 5 * each
 
 
+def test_a_loop_that_is_not_counted_runs_up_to_its_limit():
+  known = 'backend_config={"known_trip_count":{"n":"5"},'
+  program = PROGRAM.replace(known, 'backend_config={')
+  program = program.replace(
+    'ROOT %less = pred[] constant(true)',
+    '%limit = s32[]{:T(128)} constant(7)\n'
+    '  ROOT %less = pred[] compare(%i, %limit), direction=LT',
+  )
+  gathers = moved_bytes(PROGRAM)['all-gather']
+  assert moved_bytes(program)['all-gather'] == gathers // 5 * 7
+
+
+def test_the_lines_of_one_channel_count_once():
+  line = '  %scattered = f32[1]'
+  again = '  %again = f32[8]{0} all-reduce(%x), channel_id=3, to_apply=%add\n'
+  assert moved_bytes(PROGRAM.replace(line, again + line)) == moved_bytes(
+    PROGRAM
+  )
+
+
 def test_the_larger_side_of_a_collective_counts():
   moved = moved_bytes(PROGRAM)
   assert moved['reduce-scatter'] == 8 * 4
