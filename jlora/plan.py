@@ -14,6 +14,7 @@ The train step is compiled by the target's own compiler (extras `cuda13` and
 `--config.base` may also be a config.json.
 """
 
+import os
 import pathlib
 
 from absl import flags
@@ -32,6 +33,8 @@ _OUT = flags.DEFINE_string('out', None, 'Folder for tables and figures.')
 
 def main() -> None:
   """Checks the flags, then plans."""
+  # What a compiler says of a program that is too large, the plan says too.
+  os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '2')
   spec = config.resolve(door.config_of(_CONFIG))
   if not _TARGET.value:
     raise ConfigError('--target is missing; try --target=h100, or cpu')

@@ -64,8 +64,8 @@ def _changes(
   train, devices = spec.train, planner.row_devices(spec)
   if spec.optim.moment_bits != 8:
     yield '--config.optim.moment_bits=8', _setting('optim', moment_bits=8)
-  # The place for an optimizer state that is kept on the host: one line as the
-  # one above, `--config.optim.offload=True`.
+  if not spec.optim.offload and planner.machine.platform != 'cpu':
+    yield '--config.optim.offload=True', _setting('optim', offload=True)
   if train.remat != 'full':
     yield '--config.train.remat=full', _setting('train', remat='full')
   if train.loss_chunk > _SMALL_CHUNK:

@@ -17,7 +17,7 @@ from jlora.planning.collectives import moved_bytes
 from jlora.planning.counting import count_gradients, count_inputs, count_scratch
 from jlora.planning.estimate import Estimate
 from jlora.planning.flops import count_flops
-from jlora.training.footprint import bytes_by_part, compiled_peak
+from jlora.training.footprint import ON_HOST, bytes_by_part, compiled_peak
 from jlora.training.halves import Halves, abstract_halves
 from jlora.training.program import (
   abstract_batch,
@@ -113,6 +113,9 @@ class Planner:
     parts['scratch'] = count_scratch(
       spec, self.config, halves, self.machine.platform
     )
+    # Moments that lie on the host are here for the update, after all layers.
+    away = bytes_by_part(halves.frozen, halves.state).get(ON_HOST, 0)
+    parts['scratch'] = max(parts['scratch'], away - parts['layer inputs'])
     return Estimate(self.machine, parts, sum(parts.values()), {}, False)
 
   def flops(self, spec: RunSpec) -> int:
@@ -166,6 +169,7 @@ class Planner:
 
   def _parts(self, spec: RunSpec, halves: Halves) -> dict[str, int]:
     parts = bytes_by_part(halves.frozen, halves.state)
+    parts.pop(ON_HOST, None)
     parts['gradients'] = count_gradients(spec, parts['trainable'])
     parts['layer inputs'] = count_inputs(spec, self.config, halves)
     return parts

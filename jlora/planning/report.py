@@ -46,11 +46,12 @@ def plan(
     flops = planner.flops(ready)
     rows = list(estimate.rows())
     rows.append(('FLOPs a step', f'{flops:.3g}, in matrix products'))
+    _show(console, rows)
     if search and estimate.fits:
-      rows += _largest(planner, ready)
-    for name, value in rows:
-      console.print(f'  {name:<22} {value}')
-    if search and not estimate.fits:
+      found = _largest(planner, ready)
+      _show(console, found)
+      rows += found
+    elif search:
       rows += _advise(planner, ready, console)
     records.append(_record(estimate, ready, rows) | {'flops': flops})
     lines += [(planner.machine.name, *row) for row in rows]
@@ -88,6 +89,11 @@ def plan_sweep(
   _write(out, 'sweep', [_swept(sweep) for sweep in sweeps], lines)
   draw(sweeps, out / 'sweep.png')
   console.print(f'wrote {out}/sweep.md, sweep.json and sweep.png')
+
+
+def _show(console: Console, rows: Iterable[Row]) -> None:
+  for name, value in rows:
+    console.print(f'  {name:<22} {value}')
 
 
 def markdown(lines: Iterable[Row]) -> str:

@@ -8,6 +8,9 @@ from typing import Any
 import jax
 
 from jlora.core.quantized import is_quantized
+from jlora.parallel.shardings import is_on_host
+
+ON_HOST = 'optimizer state, on the host'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,15 +93,25 @@ def bytes_by_part(frozen: Any, state: Any) -> dict[str, int]:
 
   Args:
     frozen: The frozen half of the parameters, or its shapes.
-    state: The TrainState, or its shapes.
+    state: The TrainState, or its shapes. What an optimizer keeps in the host's
+      memory is the part `ON_HOST`, which is there only then.
   """
   leaves = jax.tree.leaves(frozen, is_leaf=is_quantized)
-  return {
+  moments = jax.tree.leaves(state.opt_state)
+  parts = {
     'frozen, quantized': _on_one([x for x in leaves if is_quantized(x)]),
     'frozen, dense': _on_one([x for x in leaves if not is_quantized(x)]),
     'trainable': _on_one(state.trainable),
-    'optimizer state': _on_one(state.opt_state),
+    'optimizer state': _on_one([x for x in moments if not _is_on_host(x)]),
   }
+  if away := _on_one([x for x in moments if _is_on_host(x)]):
+    parts[ON_HOST] = away
+  return parts
+
+
+def _is_on_host(array: Any) -> bool:
+  sharding = getattr(array, 'sharding', None)
+  return sharding is not None and is_on_host(sharding)
 
 
 def _on_one(tree: Any) -> int:
