@@ -133,7 +133,7 @@ class Planner:
     return count_flops(step.trace(halves.state, halves.frozen, batch).jaxpr)
 
   def _estimate(self, spec: RunSpec) -> Estimate:
-    if self._devices is None:
+    if not self._can_compile(spec):
       return self.count(spec)
     self.compiles += 1
     mesh = self._mesh(spec)
@@ -155,9 +155,17 @@ class Planner:
     moved = moved_bytes(compiled.as_text())
     return Estimate(self.machine, parts, peak, moved, True)
 
+  def _can_compile(self, spec: RunSpec) -> bool:
+    """Whether there is a compiler, and it knows all memories of the run.
+
+    GPUs that are not here have no host's memory: jax would drop the word.
+    """
+    on_host = spec.optim.offload and self.machine.platform == 'cuda'
+    return self._devices is not None and not on_host
+
   def _mesh(self, spec: RunSpec) -> Mesh | AbstractMesh:
     asked = spec.mesh.sizes
-    if self._devices is not None:
+    if self._can_compile(spec):
       return make_mesh(*asked, devices=self._devices)
     shape = sizes(*asked, self.machine.devices)
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))

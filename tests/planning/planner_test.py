@@ -89,3 +89,15 @@ def test_what_is_too_large_does_not_fit(make_counting, make_spec):
   assert 'does not fit' in estimate.verdict()
   refused = dataclasses.replace(estimate, peak=0, refused=True)
   assert not refused.fits
+
+
+def test_moments_on_the_host_are_not_counted_on_a_gpu(make_counting, make_spec):
+  planner = make_counting('h100')
+  plain, away = (
+    planner.estimate(planner.prepare(make_spec(optim__offload=offload)))
+    for offload in (False, True)
+  )
+  moments = 2 * plain.parts['trainable']
+  assert plain.parts['optimizer state'] >= moments
+  assert away.parts['optimizer state'] < 64  # counters
+  assert plain.peak - moments <= away.peak < plain.peak
