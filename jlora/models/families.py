@@ -35,15 +35,18 @@ AXES = (
 
 # Mesh axes that cut each axis of a leaf; the first pattern that matches
 # decides. A pair of products is cut as columns, then as rows, along 'tensor'.
+# Along 'fsdp' all are cut as rows, and as columns, (), only where there are no
+# equal parts: columns are brought together in another layout, for which XLA
+# copies the codes of all layers.
 # Vocabularies are cut along both axes: it is hidden states that move, which
 # are smaller. (An embedding cut along its width would have XLA cut the hidden
 # states of all layers so.)
 SHARDING = (
   (r'embed/embedding', (('tensor', 'fsdp'), None)),
   (r'layers/attention/[qkv]_proj/kernel', (None, 'fsdp', 'tensor')),
-  (r'layers/attention/o_proj/kernel', (None, 'tensor', 'fsdp')),
+  (r'layers/attention/o_proj/kernel', (None, ('tensor', 'fsdp'), ())),
   (r'layers/mlp/(gate|up)_proj/kernel', (None, 'fsdp', 'tensor')),
-  (r'layers/mlp/down_proj/kernel', (None, 'tensor', 'fsdp')),
+  (r'layers/mlp/down_proj/kernel', (None, ('tensor', 'fsdp'), ())),
   (r'lm_head/kernel', (None, ('tensor', 'fsdp'))),
   (r'.*', ()),
 )

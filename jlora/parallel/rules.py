@@ -15,7 +15,8 @@ from jlora.core.quantized import is_quantized
 from jlora.errors import ConfigError
 
 Names = tuple[str | tuple[str, ...] | None, ...]
-# (pattern over whole leaf paths, mesh axes or None for each axis of the leaf)
+# (pattern over whole leaf paths, mesh axes or None for each axis of the leaf;
+# () for a side that takes what has no equal parts on the other)
 Rules = tuple[tuple[str, Names], ...]
 Cuts = tuple[tuple[str, ...], ...]  # mesh axes for each axis of an array
 
@@ -37,8 +38,8 @@ def place(path: str, leaf: Any, names: Names, mesh: Mesh) -> Placement:
   """Returns how a leaf is cut on a mesh.
 
   Where an axis has no equal parts (of whole blocks, for a quantized kernel's
-  inputs), its mesh axis moves to the other side of the kernel if the rule cuts
-  that too; where there are none either, it does not cut the leaf.
+  inputs), its mesh axis moves to the other side of the kernel unless the rule
+  is None there; where there are none either, it does not cut the leaf.
 
   Args:
     path: The leaf's, for errors.
@@ -83,11 +84,13 @@ def _pairs(names: Names) -> Iterator[tuple[int, str]]:
 def _other_side(axis: int, names: Names) -> tuple[int, ...]:
   """Returns a kernel's output axis for its input axis, and back.
 
-  Only one that its rule cuts too: hidden states would follow the width of an
-  embedding that is cut.
+  Only one that its rule cuts too, or could, with (): hidden states would follow
+  the width of an embedding that is cut.
   """
   sides = (len(names) - 2, len(names) - 1)
-  return tuple(s for s in sides if axis in sides and s != axis and names[s])
+  if axis not in sides:
+    return ()
+  return tuple(s for s in sides if s != axis and names[s] is not None)
 
 
 def _units(leaf: Any) -> tuple[int, ...]:
