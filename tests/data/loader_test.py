@@ -145,3 +145,11 @@ def test_efficiency_counts_filled_places(make_examples):
   for row, share in ((8, 1.0), (12, 16 / 24), (16, 1.0)):
     assert packing_efficiency(examples, max_length=row, pack=True) == share
   assert packing_efficiency(examples, max_length=8, pack=False) == 0.5
+
+
+def test_some_rows_of_a_batch_are_those_of_the_whole(make_examples):
+  loader = make_loader(make_examples([4] * 40), batch_size=8)
+  for step in (0, 1):
+    whole, part = loader.batch(step), loader.batch(step, slice(2, 6))
+    assert same(part, jax.tree.map(lambda x: x[2:6], whole))
+    assert loader.tokens_in(step) == (whole.segment_ids > 0).sum()

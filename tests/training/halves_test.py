@@ -41,7 +41,7 @@ def test_a_run_s_own_rules_come_before_the_family_s(sizes):
   placements = shardings_of(spec, frozen, mesh).placements
   assert placements[UP].cuts == (('fsdp',), (), ())
   down = placements['layers/mlp/down_proj/kernel']
-  assert down.cuts == ((), (), ('fsdp',))
+  assert down.cuts == ((), ('fsdp',), ())
 
 
 @pytest.mark.parametrize(

@@ -44,12 +44,8 @@ def world(monkeypatch):
       state=state,
       frozen=None,
       origin={'base': 'b', 'data': world.data},
-      loader=types.SimpleNamespace(
-        batch=lambda step: types.SimpleNamespace(
-          step=step, segment_ids=np.ones((2, 4))
-        )
-      ),
-      place=lambda batch: batch,
+      loader=types.SimpleNamespace(tokens_in=lambda step: 8),
+      batch=lambda step: types.SimpleNamespace(step=step),
       step=functools.partial(_step, world),
       schedule=lambda step: spec.optim.learning_rate,
       description='',
