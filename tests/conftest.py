@@ -19,6 +19,7 @@ import pytest
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
+LONG = ('processes_test.py', 'sharded_test.py')  # beside those with commands
 ROOT = pathlib.Path(__file__).parents[1]
 TEMPLATE = (
   "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}"
@@ -35,7 +36,10 @@ def pytest_collection_modifyitems(items):
   programs; each of the others is its own.
   """
   shared = {item.path for item in items if 'commands' in item.fixturenames}
-  items.sort(key=lambda item: item.path not in shared)  # the longest first
+  # The longest first, so that no worker ends long before the other.
+  items.sort(
+    key=lambda item: (item.path not in shared, item.path.name not in LONG)
+  )
   for item in items:
     group = 'commands' if item.path in shared else item.path.stem
     item.add_marker(pytest.mark.xdist_group(group))

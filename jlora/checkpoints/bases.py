@@ -115,7 +115,7 @@ class Base:
 
     Args:
       dtype: What they are rounded to.
-      place: Called with each leaf's path and array; its result is kept.
+      place: Called with each leaf's path and the leaf; its result is kept.
 
     Returns:
       The nested dict that `jlora.models.decoder` describes.

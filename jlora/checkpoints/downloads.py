@@ -176,14 +176,15 @@ def fingerprint(paths: Sequence[pathlib.Path]) -> str:
   return hashlib.sha256(' '.join(digests).encode()).hexdigest()
 
 
-def fetch_hub(name: str) -> pathlib.Path:
+def fetch_hub(name: str, files: Sequence[str] = HUB_FILES) -> pathlib.Path:
   """Returns the local folder of a hub model, fetched if it is not cached.
 
   Args:
     name: Such as `HuggingFaceTB/SmolLM2-135M-Instruct`.
+    files: Patterns of the files that are wanted.
 
   Returns:
-    A folder in the hub's own cache, with the `HUB_FILES` that the model has.
+    A folder in the hub's own cache, with those files that the model has.
 
   Raises:
     BaseModelError: The hub, the model or the permission is missing.
@@ -192,7 +193,7 @@ def fetch_hub(name: str) -> pathlib.Path:
   from huggingface_hub import errors
 
   try:
-    folder = huggingface_hub.snapshot_download(name, allow_patterns=HUB_FILES)
+    folder = huggingface_hub.snapshot_download(name, allow_patterns=list(files))
   except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError) as error:
     reason = str(error).strip().splitlines()[0]
     raise BaseModelError(

@@ -1,8 +1,8 @@
 """Arrays made of the pieces that this process's devices hold.
 
-Of a stored leaf, only those pieces are read from disk, a layer at a time, and
-each of them once. Where several processes train together, each makes its own
-part of the same arrays.
+Of a stored leaf, only those pieces are kept, and each is made once. Quantized
+ones are made a layer at a time. Where several processes train together, each
+makes its own part of the same arrays.
 """
 
 import dataclasses

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import pathlib
+import uuid
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import filelock
 
 from jlora.errors import CheckpointError, ConfigError
+from jlora.parallel import processes
 
 # What may differ between the config of a run and that of its continuation.
 _MAY_CHANGE = (
@@ -82,6 +84,28 @@ class RunFolder:
     part = target.with_name(f'.{target.name}.part')
     part.write_text(text)
     part.replace(target)
+
+  def has(self, name: str) -> bool:
+    """Whether a file is there, as the process sees it that writes.
+
+    Of several, all ask together: a shared disk may show others an older state.
+    """
+    return processes.any_of(self.writes and self.path(name).exists())
+
+  def check_shared(self) -> None:
+    """Requires that all of several processes see this folder.
+
+    Raises:
+      ConfigError: One of them sees another.
+    """
+    if not processes.are_several():
+      return
+    file, said = self.path('.processes'), processes.from_first(uuid.uuid4().hex)
+    self.write(file.name, said)
+    processes.wait('the first has written')
+    seen = file.read_text() if file.is_file() else 'nothing'
+    processes.require_same('folder as --workdir', seen)
+    self.remove(file.name)
 
   def remove(self, name: str) -> None:
     """Removes a file if it is there."""

@@ -106,10 +106,10 @@ class RunCheckpoints:
     """
     damaged = {}
     for step in reversed(self.steps()):
-      try:
-        found = self._restore(step, like)
-      except _DAMAGE as error:
-        damaged[step] = _first_line(error)
+      found, reason = self._try(step, like)
+      # All of several processes take the same step.
+      if processes.any_of(found is None):
+        damaged[step] = reason or 'another process could not read it'
         continue
       self._remove(damaged, step)
       return found
@@ -121,6 +121,23 @@ class RunCheckpoints:
       )
     return None
 
+  def _try(
+    self, step: int, like: TrainState
+  ) -> tuple[tuple[TrainState, dict[str, Any]] | None, str]:
+    """Returns a checkpoint, or None and what is wrong with it."""
+    found, reason = None, ''
+    try:
+      found = self._restore(step, like)
+    except _DAMAGE as error:
+      reason = _first_line(error)
+    if processes.any_of(found is None):  # before they find digests together
+      return None, reason
+    state, content = found
+    record, expected = content['record'], content['digest']
+    if (digest := _digest(state, record)) != expected:
+      return None, f'it has sha256 {digest}, but {expected} was saved'
+    return (state, record), ''
+
   def _restore(
     self, step: int, like: TrainState
   ) -> tuple[TrainState, dict[str, Any]]:
@@ -129,10 +146,10 @@ class RunCheckpoints:
       state=ocp.args.StandardRestore(abstract), record=ocp.args.JsonRestore()
     )
     found = self._manager.restore(step, args=items)
-    record, expected = found.record['record'], found.record['digest']
-    if (digest := _digest(found.state, record)) != expected:
-      raise ValueError(f'it has sha256 {digest}, but {expected} was saved')
-    return found.state, record
+    content = found.record
+    if not {'record', 'digest'} <= content.keys():
+      raise KeyError('record or digest')
+    return found.state, content
 
   def _remove(self, damaged: dict[int, str], whole: int) -> None:
     """Removes damaged checkpoints, so that their steps are saved again."""

@@ -35,7 +35,7 @@ class Source(Protocol):
   ) -> np.ndarray:
     """Returns the weight of `module`, `[out, in]` for a linear layer.
 
-    Only what `index` names is read from disk; None is all of it.
+    Nothing but what `index` names is kept; None is all of it.
     """
 
 
@@ -73,7 +73,7 @@ class StoredLeaf:
 
     Args:
       index: One slice for each axis of the leaf, layers included; None is the
-        whole leaf. Nothing else is read from disk.
+        whole leaf. Nothing else is kept.
 
     Raises:
       BaseModelError: A value is NaN or infinite.

@@ -43,6 +43,8 @@ def connect(
   """
   _check(coordinator, processes, process)
   began = time.monotonic()
+  # It would take SIGTERM over, and keep it from all who do not ask for it.
+  jax.config.update('jax_enable_preemption_service', False)
   try:
     jax.distributed.initialize(
       coordinator,

@@ -8,9 +8,9 @@ from jlora.core.quantization import QuantSpec
 from jlora.models import families
 from jlora.parallel.machines import Machine, find_machine
 from jlora.planning.estimate import Estimate
-from jlora.planning.planner import Planner
+from jlora.planning.planner import Planner, shared
 from jlora.planning.search import with_rows
-from jlora.training.run_spec import MeshSpec, RunSpec
+from jlora.training.run_spec import RunSpec
 
 _SMALL_CHUNK = 64  # tokens whose logits exist at once
 _MORE = (2, 4, 8)  # times as many devices
@@ -71,14 +71,10 @@ def _changes(
   if train.loss_chunk > _SMALL_CHUNK:
     flag = f'--config.train.loss_chunk={_SMALL_CHUNK}'
     yield flag, _setting('train', loss_chunk=_SMALL_CHUNK)
-  if (rows := train.batch_size // train.accumulate) > devices:
+  if train.batch_size // train.accumulate > devices:
     count = train.batch_size // devices
     flag = f'--config.train.accumulate={count}'
-    if train.batch_size % devices:
-      flag, count = f'--config.train.batch_size={devices}', train.accumulate
-      yield flag, lambda spec: with_rows(spec, devices)
-    elif rows % devices == 0:
-      yield flag, _setting('train', accumulate=count)
+    yield flag, _setting('train', accumulate=count)
   if spec.quant is None and spec.is_adapter:
     quant = families.resolve(QuantSpec(), planner.config)
     yield (
@@ -87,7 +83,7 @@ def _changes(
     )
   whole = spec.mesh.sizes[1:] == (1, 1)
   if whole and planner.machine.devices > 1:
-    mesh = MeshSpec(data=1, fsdp=planner.machine.devices)
+    mesh = shared(spec.mesh, planner.machine.devices)
     flag = f'--config.mesh.data=1 --config.mesh.fsdp={mesh.fsdp}'
     yield flag, lambda spec: dataclasses.replace(spec, mesh=mesh)
 
@@ -114,14 +110,14 @@ def _more_devices(
     machine = _larger(planner.machine, factor)
     if machine is None:
       continue
-    mesh = MeshSpec(data=1, fsdp=machine.devices)
+    mesh = shared(spec.mesh, machine.devices)
     wider = dataclasses.replace(spec, mesh=mesh)
     wider = with_rows(wider, rows * machine.devices)
     size = wider.train.batch_size
     estimate = Planner(planner.config, machine).estimate(wider)
     yield Change(
-      f'--target={machine.name} --config.train.batch_size={size}'
-      f' --config.mesh.data=1 --config.mesh.fsdp={machine.devices} {flags}',
+      f'{flags} --target={machine.name} --config.train.batch_size={size}'
+      f' --config.mesh.data=1 --config.mesh.fsdp={machine.devices}'.lstrip(),
       estimate,
     )
     if estimate.fits:
@@ -131,7 +127,7 @@ def _more_devices(
 def _larger(machine: Machine, factor: int) -> Machine | None:
   """Returns a machine of the same kind with more devices, if one is made."""
   name = machine.name
-  if machine.devices > 1 or machine.platform == 'tpu':
+  if name.endswith(f'-{machine.devices}'):
     name = name.rpartition('-')[0]
   try:
     return find_machine(f'{name}-{machine.devices * factor}')

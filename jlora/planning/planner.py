@@ -19,10 +19,7 @@ from jlora.planning.estimate import Estimate
 from jlora.planning.flops import count_flops
 from jlora.training.footprint import ON_HOST, bytes_by_part, compiled_peak
 from jlora.training.halves import Halves, abstract_halves
-from jlora.training.program import (
-  abstract_batch,
-  make_program,
-)
+from jlora.training.program import abstract_batch, make_program
 from jlora.training.requirements import check_rows, resolve
 from jlora.training.run_spec import MeshSpec, RunSpec
 
@@ -31,6 +28,16 @@ _REFUSED = re.compile(
   r'(?:Used|temporaries \(|requirement of) ?([\d.]+)([KMGT]?)'
 )
 _UNITS = {'': 1, 'K': 1 << 10, 'M': 1 << 20, 'G': 1 << 30, 'T': 1 << 40}
+
+
+def shared(mesh: MeshSpec, devices: int) -> MeshSpec:
+  """Returns a mesh whose devices share rows and parameters.
+
+  Args:
+    mesh: What else it keeps.
+    devices: How many there are.
+  """
+  return dataclasses.replace(mesh, data=1, fsdp=devices, tensor=1)
 
 
 class Planner:
@@ -74,9 +81,9 @@ class Planner:
       ConfigError: It does not fit the base or the devices.
     """
     spec = resolve(spec, self.config)
-    if spec.mesh == MeshSpec() and self.machine.devices > 1:
-      mesh = MeshSpec(data=1, fsdp=self.machine.devices)
-      spec = dataclasses.replace(spec, mesh=mesh)
+    count = self.machine.devices
+    if spec.mesh.sizes == MeshSpec().sizes and count > 1:
+      spec = dataclasses.replace(spec, mesh=shared(spec.mesh, count))
     check_rows(spec, self.row_devices(spec))
     return spec
 

@@ -115,7 +115,8 @@ def _introduce(
   if ready.mesh != spec.mesh:
     console.print(
       f'  mesh: all {planner.machine.devices} devices share rows and'
-      f' parameters (fsdp); --config.mesh sets another'
+      ' parameters; train with --config.mesh.data=1'
+      f' --config.mesh.fsdp={planner.machine.devices}'
     )
   if planner.missing:
     console.print(f'  counted, not compiled: {planner.missing}')

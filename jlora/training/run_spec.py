@@ -146,7 +146,22 @@ def _mesh_axes(names: Any) -> Names:
       f'mesh.rules gives {names!r} for a leaf; it takes one entry for each of'
       " its axes, such as (None, 'fsdp', 'tensor')"
     )
-  return tuple(tuple(n) if isinstance(n, list) else n for n in names)
+  found = tuple(tuple(n) if isinstance(n, list) else n for n in names)
+  entries = [(n,) if isinstance(n, str) else n or () for n in found]
+  flat = [n for entry in entries for n in entry] if _are_tuples(entries) else []
+  if not _are_tuples(entries) or len(set(flat)) < len(flat):
+    raise ConfigError(
+      f'mesh.rules gives {names!r} for a leaf; each entry is a mesh axis, some'
+      ' of them or None, and no mesh axis comes twice'
+    )
+  return found
+
+
+def _are_tuples(entries: list[Any]) -> bool:
+  return all(
+    isinstance(entry, tuple) and all(isinstance(n, str) for n in entry)
+    for entry in entries
+  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -67,3 +67,11 @@ def test_a_rule_without_axes_is_refused():
 def test_a_run_s_rules_survive_its_config_file():
   spec = make_spec({UP: [None, ['fsdp'], None]})
   assert from_json(spec.to_json()) == spec
+
+
+@pytest.mark.parametrize(
+  'names', [(None, 'fsdp', 'fsdp'), ('tensor', ('fsdp', 'tensor')), (5, None)]
+)
+def test_a_rule_with_an_axis_twice_or_no_axis_is_refused(names):
+  with pytest.raises(ConfigError, match='no mesh axis comes twice'):
+    MeshSpec(rules={UP: names})

@@ -51,7 +51,7 @@ CASES = {
   'plain lora': (False, 'lora', (1, 4, 1), 4, True),
   'nf4 dora': (True, 'dora', (1, 4, 1), 2, False),
   'nf4 rows': (True, 'rows', (1, 4, 1), 2, False),
-  'nf4 pissa': (True, 'pissa', (1, 4, 1), 1, False),
+  'nf4 pissa': (True, 'pissa', (1, 4, 1), 2, False),
 }
 
 

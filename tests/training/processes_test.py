@@ -52,7 +52,7 @@ def report_of(tiny_base, tmp_path_factory):
 
 CASES = [
   *((1, f'nf4 {lora}') for lora in ('lora', 'dora', 'rows', 'pissa')),
-  *((2, f'nf4 {lora}') for lora in ('lora', 'dora', 'rows')),
+  *((2, f'nf4 {lora}') for lora in ('lora', 'dora', 'rows', 'pissa')),
   *((count, 'plain lora') for count in (1, 2, 4)),
   (4, 'nf4 lora'),
 ]
@@ -71,7 +71,7 @@ def test_what_is_loaded_is_what_one_device_loads(report_of, case, count):
   # A decomposition needs its kernel whole.
   [(count, case) for count, case in CASES if 'pissa' not in case],
 )
-def test_a_process_reads_its_part_of_each_kernel_once(report_of, case, count):
+def test_a_process_keeps_its_part_of_each_kernel_once(report_of, case, count):
   for report in report_of(count):
     assert report[case]['read'] <= 1 / count
 
