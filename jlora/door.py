@@ -67,18 +67,6 @@ def enter(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
       _say('stopped at once; a run continues from its last checkpoint')
       return _leave(_KILLED)
-    except Exception as error:
-      if not _joined:
-        raise
-      if type(error).__name__ != 'JaxRuntimeError':
-        traceback.print_exc()
-        return _leave(1)
-      _say(
-        f'a computation of all processes failed: {error}; if another one'
-        ' ended, its message says why. The same command on all hosts'
-        ' continues from the last checkpoint'
-      )
-      return _leave(3)
 
   app.run(guarded, flags_parser=_parse)
 
@@ -104,7 +92,20 @@ def join(
   connect(coordinator, processes, process)
   import jax
 
+  def end(kind: type[BaseException], error: BaseException, trace: Any) -> None:
+    """Says what nobody has caught, and ends this process at once."""
+    if not issubclass(kind, jax.errors.JaxRuntimeError):
+      sys.__excepthook__(kind, error, trace)
+      _leave(1)
+    _say(
+      f'a computation of all processes failed: {error}; if another one ended,'
+      ' its message says why. The same command on all hosts continues from the'
+      ' last checkpoint'
+    )
+    _leave(3)
+
   _joined.append(jax.process_index())
+  sys.excepthook = end
   # Where another process fails, jax aborts this one with a message, which a
   # list of all loaded modules would bury.
   faulthandler.disable()

@@ -8,22 +8,11 @@ EXPERIMENT = 'experiments/qlora.py'
 
 
 @pytest.fixture(scope='module')
-def config_json(tmp_path_factory):
-  from jlora.models.config import DecoderConfig
-  from jlora.models.families import to_hf_config
-
-  config = DecoderConfig(
-    vocab_size=320,
-    embed_dim=64,
-    mlp_dim=128,
-    layers=2,
-    heads=4,
-    kv_heads=2,
-    head_dim=16,
-    max_positions=512,
-  )
+def config_json(tiny_base, tmp_path_factory):
+  """The sizes of the tiny base, for longer rows, without its weights."""
+  fields = json.loads((tiny_base / 'config.json').read_text())
   path = tmp_path_factory.mktemp('sizes') / 'config.json'
-  path.write_text(json.dumps(to_hf_config(config)))
+  path.write_text(json.dumps(fields | {'max_position_embeddings': 512}))
   return path
 
 

@@ -92,7 +92,7 @@ def quantized_shape(
   return quantize_leaf(shape, roles, spec)
 
 
-def spread(tree: Any, shardings: Any) -> Any:
+def place_whole(tree: Any, shardings: Any) -> Any:
   """Returns arrays that this process has whole, cut over all devices.
 
   Args:

@@ -97,9 +97,11 @@ def _split_whole(
   half = split_leaf(split, key, leaf.path, whole, dtype=dtype, start=start)
   if shardings is None:
     return half
-  frozen = pieces.spread(half.frozen, shardings.of_leaf(leaf.path, half.frozen))
+  frozen = pieces.place_whole(
+    half.frozen, shardings.of_leaf(leaf.path, half.frozen)
+  )
   trained = {
-    kind: pieces.spread(x, shardings.of_trained(leaf.path, kind, x.shape))
+    kind: pieces.place_whole(x, shardings.of_trained(leaf.path, kind, x.shape))
     for kind, x in half.trained.items()
   }
   return Halves(frozen, trained, half.start)
@@ -120,7 +122,7 @@ def _split_pieces(
     return Halves(Placeholder(leaf.shape, jnp.dtype(leaf.dtype)), trained)
   if path in split.plan.rows:
     rows = _read_rows(leaf, split.plan.rows[path])
-    trained['rows'] = pieces.spread(rows, sharding('rows', rows.shape))
+    trained['rows'] = pieces.place_whole(rows, sharding('rows', rows.shape))
   return Halves(_freeze(split, leaf, dtype, shardings), trained)
 
 

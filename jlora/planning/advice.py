@@ -8,7 +8,7 @@ from jlora.core.quantization import QuantSpec
 from jlora.models import families
 from jlora.parallel.machines import Machine, find_machine
 from jlora.planning.estimate import Estimate
-from jlora.planning.planner import Planner, shared
+from jlora.planning.planner import Planner, mesh_flags, shared
 from jlora.planning.search import with_rows
 from jlora.training.run_spec import RunSpec
 
@@ -84,8 +84,8 @@ def _changes(
   whole = spec.mesh.sizes[1:] == (1, 1)
   if whole and planner.machine.devices > 1:
     mesh = shared(spec.mesh, planner.machine.devices)
-    flag = f'--config.mesh.data=1 --config.mesh.fsdp={mesh.fsdp}'
-    yield flag, lambda spec: dataclasses.replace(spec, mesh=mesh)
+    flags = mesh_flags(mesh.fsdp)
+    yield flags, lambda spec: dataclasses.replace(spec, mesh=mesh)
 
 
 def _setting(section: str, **fields: Any) -> Callable[[RunSpec], RunSpec]:
@@ -117,7 +117,7 @@ def _more_devices(
     estimate = Planner(planner.config, machine).estimate(wider)
     yield Change(
       f'{flags} --target={machine.name} --config.train.batch_size={size}'
-      f' --config.mesh.data=1 --config.mesh.fsdp={machine.devices}'.lstrip(),
+      f' {mesh_flags(machine.devices)}'.lstrip(),
       estimate,
     )
     if estimate.fits:

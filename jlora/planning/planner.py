@@ -40,6 +40,15 @@ def shared(mesh: MeshSpec, devices: int) -> MeshSpec:
   return dataclasses.replace(mesh, data=1, fsdp=devices, tensor=1)
 
 
+def mesh_flags(devices: int) -> str:
+  """Returns the flags that lay out a training run as `shared` does.
+
+  Args:
+    devices: How many there are.
+  """
+  return f'--config.mesh.data=1 --config.mesh.fsdp={devices}'
+
+
 class Planner:
   """What runs of one base take on one machine.
 
@@ -117,11 +126,11 @@ class Planner:
     """
     halves = self._halves(spec, self._mesh(spec))
     parts = self._parts(spec, halves)
+    away = parts.pop(ON_HOST, 0)
     parts['scratch'] = count_scratch(
       spec, self.config, halves, self.machine.platform
     )
     # Moments that lie on the host are here for the update, after all layers.
-    away = bytes_by_part(halves.frozen, halves.state).get(ON_HOST, 0)
     parts['scratch'] = max(parts['scratch'], away - parts['layer inputs'])
     return Estimate(self.machine, parts, sum(parts.values()), {}, False)
 
@@ -140,7 +149,7 @@ class Planner:
     return count_flops(step.trace(halves.state, halves.frozen, batch).jaxpr)
 
   def _estimate(self, spec: RunSpec) -> Estimate:
-    if not self._can_compile(spec):
+    if not self.can_compile(spec):
       return self.count(spec)
     self.compiles += 1
     mesh = self._mesh(spec)
@@ -149,6 +158,7 @@ class Planner:
       halves.state, halves.frozen, abstract_batch(spec, mesh)
     )
     parts = self._parts(spec, halves)
+    parts.pop(ON_HOST, None)
     lowered = traced.lower(lowering_platforms=(self.machine.platform,))
     try:
       compiled = lowered.compile()
@@ -162,17 +172,20 @@ class Planner:
     moved = moved_bytes(compiled.as_text())
     return Estimate(self.machine, parts, peak, moved, True)
 
-  def _can_compile(self, spec: RunSpec) -> bool:
-    """Whether there is a compiler, and it knows all memories of the run.
+  def can_compile(self, spec: RunSpec) -> bool:
+    """Whether there is a compiler, and it knows all memories of a run.
 
     GPUs that are not here have no host's memory: jax would drop the word.
+
+    Args:
+      spec: The run.
     """
     on_host = spec.optim.offload and self.machine.platform == 'cuda'
     return self._devices is not None and not on_host
 
   def _mesh(self, spec: RunSpec) -> Mesh | AbstractMesh:
     asked = spec.mesh.sizes
-    if self._can_compile(spec):
+    if self.can_compile(spec):
       return make_mesh(*asked, devices=self._devices)
     shape = sizes(*asked, self.machine.devices)
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
@@ -184,7 +197,6 @@ class Planner:
 
   def _parts(self, spec: RunSpec, halves: Halves) -> dict[str, int]:
     parts = bytes_by_part(halves.frozen, halves.state)
-    parts.pop(ON_HOST, None)
     parts['gradients'] = count_gradients(spec, parts['trainable'])
     parts['layer inputs'] = count_inputs(spec, self.config, halves)
     return parts

@@ -10,7 +10,7 @@ from rich.console import Console
 from jlora.parallel.machines import GIB
 from jlora.planning.advice import advise
 from jlora.planning.estimate import Estimate
-from jlora.planning.planner import Planner
+from jlora.planning.planner import Planner, mesh_flags
 from jlora.planning.search import Found, largest_rows
 from jlora.planning.sweep import Sweep, draw, sweep_lengths, table
 from jlora.training.run_spec import RunSpec
@@ -115,8 +115,7 @@ def _introduce(
   if ready.mesh != spec.mesh:
     console.print(
       f'  mesh: all {planner.machine.devices} devices share rows and'
-      ' parameters; train with --config.mesh.data=1'
-      f' --config.mesh.fsdp={planner.machine.devices}'
+      f' parameters; train with {mesh_flags(planner.machine.devices)}'
     )
   if planner.missing:
     console.print(f'  counted, not compiled: {planner.missing}')

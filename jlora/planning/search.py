@@ -124,6 +124,6 @@ def _largest(
     return size <= most and planner.estimate(make(size)).fits
 
   found = largest(counted, first, _COUNTS)
-  if planner.missing:
+  if not planner.can_compile(make(first)):
     return found
   return largest(compiled, found.size or first)

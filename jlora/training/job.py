@@ -165,8 +165,9 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
   halves = load_halves(spec, base, halves, starts)
-  found = hashlib.sha256(to_bytes(halves.starts)).hexdigest()
-  processes.require_same('start of the adapters', found)
+  if halves.starts and processes.are_several():
+    found = hashlib.sha256(to_bytes(halves.starts)).hexdigest()
+    processes.require_same('start of the adapters', found)
   shapes = families.shapes(base.config, dtype)
   description = describe(shapes, spec.lora, quant=spec.quant)
   return Job(

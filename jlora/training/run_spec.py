@@ -147,21 +147,19 @@ def _mesh_axes(names: Any) -> Names:
       " its axes, such as (None, 'fsdp', 'tensor')"
     )
   found = tuple(tuple(n) if isinstance(n, list) else n for n in names)
-  entries = [(n,) if isinstance(n, str) else n or () for n in found]
-  flat = [n for entry in entries for n in entry] if _are_tuples(entries) else []
-  if not _are_tuples(entries) or len(set(flat)) < len(flat):
+  axes = [
+    axis
+    for entry in found
+    if entry is not None
+    for axis in (entry if isinstance(entry, tuple) else (entry,))
+  ]
+  are_names = all(isinstance(axis, str) for axis in axes)
+  if not are_names or len(set(axes)) < len(axes):
     raise ConfigError(
       f'mesh.rules gives {names!r} for a leaf; each entry is a mesh axis, some'
       ' of them or None, and no mesh axis comes twice'
     )
   return found
-
-
-def _are_tuples(entries: list[Any]) -> bool:
-  return all(
-    isinstance(entry, tuple) and all(isinstance(n, str) for n in entry)
-    for entry in entries
-  )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -100,6 +100,8 @@ def make_step(
     state and `loss` (mean over trained tokens), `tokens`, `grad_norm` and
     `finite`.
   """
+  everywhere = replicated(mesh)
+  of_state, of_frozen = placed or (everywhere, everywhere)
 
   def step(
     state: TrainState, frozen: Any, batch: Batch
@@ -112,7 +114,7 @@ def make_step(
     grads = jax.tree.map(lambda g: g * share, grads)
     norm = optax.tree.norm(grads)
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
-    state = bring(state)
+    state = _on_devices(state, of_state)
     updates, opt_state = tx.update(grads, state.opt_state, state.trainable)
     trainable = optax.apply_updates(state.trainable, updates)
     new = dataclasses.replace(state, trainable=trainable, opt_state=opt_state)
@@ -126,22 +128,20 @@ def make_step(
     }
     return new, metrics
 
-  everywhere = replicated(mesh)
-  of_state, of_frozen = placed or (everywhere, everywhere)
-
-  def bring(state: TrainState) -> TrainState:
-    """Brings to the devices what lies in their hosts' memory."""
-    if not is_on_host(of_state):
-      return state
-    opt_state = jax.device_put(state.opt_state, on_device(of_state.opt_state))
-    return dataclasses.replace(state, opt_state=opt_state)
-
   return jax.jit(
     step,
     in_shardings=(of_state, of_frozen, by_example(mesh)),
     out_shardings=(of_state, everywhere),
     donate_argnums=0,
   )
+
+
+def _on_devices(state: TrainState, placed: Any) -> TrainState:
+  """Brings to the devices what a state has in their hosts' memory."""
+  if not is_on_host(placed):
+    return state
+  opt_state = jax.device_put(state.opt_state, on_device(placed.opt_state))
+  return dataclasses.replace(state, opt_state=opt_state)
 
 
 def _gradients(

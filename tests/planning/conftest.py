@@ -1,6 +1,7 @@
 """Runs and planners for small decoders."""
 
 import dataclasses
+import pathlib
 
 import pytest
 
@@ -10,7 +11,9 @@ from jlora.models.config import DecoderConfig
 from jlora.parallel.machines import find_machine
 from jlora.planning import planner as module
 from jlora.planning.planner import Planner
+from jlora.planning.sizes import read_sizes
 
+BASES = pathlib.Path(__file__).parents[2] / 'tpu' / 'bases'
 SMALL = DecoderConfig(
   vocab_size=2048,
   embed_dim=128,
@@ -26,6 +29,13 @@ SMALL = DecoderConfig(
 @pytest.fixture(scope='session')
 def small():
   return SMALL
+
+
+@pytest.fixture(scope='session')
+def llama():
+  """Llama-3.1-8B, of four layers."""
+  sizes = read_sizes(str(BASES / 'llama-3.1-8b.json'))
+  return dataclasses.replace(sizes, layers=4)
 
 
 @pytest.fixture(scope='session')

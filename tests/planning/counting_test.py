@@ -18,16 +18,6 @@ WIDE = DecoderConfig(
   kv_heads=2,
   head_dim=32,
 )
-LLAMA = DecoderConfig(  # Llama-3.1-8B, of four layers
-  vocab_size=128256,
-  embed_dim=4096,
-  mlp_dim=14336,
-  layers=4,
-  heads=32,
-  kv_heads=8,
-  head_dim=128,
-  tie_embeddings=False,
-)
 LOGITS = dataclasses.replace(WIDE, vocab_size=32768, mlp_dim=256)
 CASES = {
   'attention': (WIDE, {'data__max_length': 512, 'train__batch_size': 4}),
@@ -59,8 +49,8 @@ def test_on_a_cpu_counting_is_within_a_tenth(make_spec, case, quant):
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('quant', [True, False], ids=['nf4', 'dense'])
 @pytest.mark.parametrize('target', ['h100', 'a6000', 'v5e-1'])
-def test_elsewhere_counting_is_within_a_tenth(make_spec, target, quant):
-  found = ratio(make_spec, LLAMA, target, quant=quant, data__max_length=512)
+def test_elsewhere_counting_is_within_a_tenth(llama, make_spec, target, quant):
+  found = ratio(make_spec, llama, target, quant=quant, data__max_length=512)
   print(target, quant, found)  # pytest -rP shows it
   assert 0.9 <= found <= 1.1
 

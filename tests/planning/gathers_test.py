@@ -6,21 +6,10 @@ import re
 
 import pytest
 
-from jlora.models.config import DecoderConfig
 from jlora.parallel.machines import find_machine
 from jlora.planning import planner as module
 from jlora.planning.planner import Planner
 
-LLAMA = DecoderConfig(  # Llama-3.1-8B, of two layers
-  vocab_size=128256,
-  embed_dim=4096,
-  mlp_dim=14336,
-  layers=2,
-  heads=32,
-  kv_heads=8,
-  head_dim=128,
-  tie_embeddings=False,
-)
 KERNELS = {4096 * 4096, 4096 * 1024, 4096 * 14336}
 VOCAB = 4096 * 128256
 MOVED = re.compile(r'= (.*) (?:all-gather|all-to-all)(?:-start)?\(')
@@ -30,10 +19,13 @@ ARRAY = re.compile(r'(\w+)\[([\d,]*)\]')
 @pytest.mark.aot
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('target', ['h100-8', 'v5e-8'])
-def test_codes_are_gathered_and_kernels_are_not(monkeypatch, make_spec, target):
+def test_codes_are_gathered_and_kernels_are_not(
+  monkeypatch, llama, make_spec, target
+):
   texts = []
   monkeypatch.setattr(module, 'moved_bytes', lambda text: texts.append(text))
-  planner = Planner(LLAMA, find_machine(target))
+  sizes = dataclasses.replace(llama, layers=2)
+  planner = Planner(sizes, find_machine(target))
   spec = make_spec(train__batch_size=8, data__max_length=512)
   planner.estimate(planner.prepare(spec))
   arrays = [
@@ -41,9 +33,9 @@ def test_codes_are_gathered_and_kernels_are_not(monkeypatch, make_spec, target):
     for results in MOVED.findall(texts[0])
     for dtype, shape in ARRAY.findall(results)
   ]
-  sizes = {size for dtype, size in arrays if dtype != 'u8'}
-  assert sizes.isdisjoint(KERNELS), 'a kernel is gathered as floats'
-  assert max(sizes) < VOCAB / 8, 'the embedding or the head is gathered'
+  moved = {size for dtype, size in arrays if dtype != 'u8'}
+  assert moved.isdisjoint(KERNELS), 'a kernel is gathered as floats'
+  assert max(moved) < VOCAB / 8, 'the embedding or the head is gathered'
   assert {size for dtype, size in arrays if dtype == 'u8'} >= {
     size // 2 for size in KERNELS
   }
@@ -52,8 +44,8 @@ def test_codes_are_gathered_and_kernels_are_not(monkeypatch, make_spec, target):
 @pytest.mark.aot
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize('target', ['h100', 'a6000'])
-def test_scratch_is_below_two_layers_dense_kernels(make_spec, target):
-  planner = Planner(dataclasses.replace(LLAMA, layers=4), find_machine(target))
+def test_scratch_is_below_two_layers_dense_kernels(llama, make_spec, target):
+  planner = Planner(llama, find_machine(target))
   spec = make_spec(train__batch_size=1, data__max_length=512)
   scratch = planner.estimate(planner.prepare(spec)).parts['scratch']
   layer = 2 * (2 * 4096 * 4096 + 2 * 4096 * 1024 + 3 * 4096 * 14336)
