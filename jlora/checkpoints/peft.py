@@ -63,7 +63,7 @@ def save_adapter(
       the fields of `spec` under `lora`.
     initial: The low-rank pairs of `trainable` before training; needed where
       the init changed the base and there is no `starts`, not used elsewhere.
-    starts: How they started, by path, from `load_halves`; with it, jlora takes
+    starts: How they started, by path, from `load_split`; with it, jlora takes
       the same part out of the base again where the init was LoftQ.
 
   Raises:

@@ -16,8 +16,8 @@ from jlora.core.lora import LoraSpec
 from jlora.core.plan import Placeholder, Rows, is_frozen_leaf
 from jlora.core.quantization import QuantSpec
 from jlora.core.split import (
-  Halves,
   Split,
+  SplitLeaf,
   find_start,
   magnitude,
   make_split,
@@ -28,7 +28,7 @@ from jlora.models import families
 from jlora.parallel.shardings import Shardings
 
 
-def load_halves(
+def load_split(
   key: jax.Array,
   base: Base,
   spec: LoraSpec | None,
@@ -91,7 +91,7 @@ def _split_whole(
   dtype: Any,
   start: Start | None,
   shardings: Shardings | None,
-) -> Halves:
+) -> SplitLeaf:
   """Splits a leaf that a decomposition needs whole, then cuts its halves."""
   whole = jnp.asarray(leaf.read())
   half = split_leaf(split, key, leaf.path, whole, dtype=dtype, start=start)
@@ -104,12 +104,12 @@ def _split_whole(
     kind: pieces.place_whole(x, shardings.of_trained(leaf.path, kind, x.shape))
     for kind, x in half.trained.items()
   }
-  return Halves(frozen, trained, half.start)
+  return SplitLeaf(frozen, trained, half.start)
 
 
 def _split_pieces(
   split: Split, leaf: StoredLeaf, dtype: Any, shardings: Shardings | None
-) -> Halves:
+) -> SplitLeaf:
   """Splits a leaf as its pieces are read; what adapters add comes later."""
   path, trained = leaf.path, {}
 
@@ -119,11 +119,11 @@ def _split_pieces(
   if path in split.plan.full:
     of_full = sharding('full', leaf.shape)
     trained['full'] = pieces.place_dense(leaf, jnp.float32, of_full)
-    return Halves(Placeholder(leaf.shape, jnp.dtype(leaf.dtype)), trained)
+    return SplitLeaf(Placeholder(leaf.shape, jnp.dtype(leaf.dtype)), trained)
   if path in split.plan.rows:
     rows = _read_rows(leaf, split.plan.rows[path])
     trained['rows'] = pieces.place_whole(rows, sharding('rows', rows.shape))
-  return Halves(_freeze(split, leaf, dtype, shardings), trained)
+  return SplitLeaf(_freeze(split, leaf, dtype, shardings), trained)
 
 
 def _freeze(
@@ -188,12 +188,12 @@ def load_frozen(
 
   Args:
     base: From `open_base`.
-    quant: As in `load_halves`.
-    dtype: As in `load_halves`.
+    quant: As in `load_split`.
+    dtype: As in `load_split`.
     whole: Patterns of the leaves that the adapter replaces.
 
   Returns:
     The frozen half of the decoder's params.
   """
   spec = LoraSpec(targets=(), train_full=tuple(whole)) if whole else None
-  return load_halves(jax.random.key(0), base, spec, quant, dtype)[0]
+  return load_split(jax.random.key(0), base, spec, quant, dtype)[0]

@@ -6,6 +6,7 @@ is that of the level behind as many midpoints as lie below the scaled value.
 """
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -90,15 +91,31 @@ class Format:
     """Returns the float32 values that codes stand for."""
     return jnp.asarray(self.levels)[codes]
 
+  def select(self, codes: jax.Array) -> jax.Array:
+    """Returns what `decode` does, without a table.
+
+    Each bit of the codes halves the levels that are left: 15 selects, which a
+    TPU fuses with what is before and behind. Its look-ups are not.
+    """
+    values = [np.float32(level) for level in self.levels]
+    for bit in range(self.bits):
+      is_set = (codes >> bit & 1).astype(bool)
+      pairs = zip(values[::2], values[1::2], strict=True)
+      values = [jnp.where(is_set, high, low) for low, high in pairs]
+    return values[0]
+
   def pack(self, codes: jax.Array) -> jax.Array:
     """Returns uint8 [in, out] codes as [in / 2, out]; the even row is high."""
     pairs = codes.reshape(-1, 2, codes.shape[1])
     return pairs[:, 0] << 4 | pairs[:, 1]
 
+  def planes(self, packed: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the codes of the even and of the odd rows, [in / 2, out] each."""
+    return packed >> 4, packed & 15
+
   def unpack(self, packed: jax.Array) -> jax.Array:
     """Returns the [in, out] codes that were packed."""
-    pairs = jnp.stack([packed >> 4, packed & 15], axis=1)
-    return pairs.reshape(-1, packed.shape[1])
+    return interleave(self.planes(packed))
 
   def unpack_rows(self, packed: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns the [n, out] codes of the rows that int [n] names."""
@@ -117,9 +134,17 @@ class ByteFormat(Format):
     """Returns the float32 values that codes stand for, those of `levels`."""
     return (codes.astype(jnp.float32) - 128) * INT8_STEP
 
+  def select(self, codes: jax.Array) -> jax.Array:
+    """Returns what `decode` does, which uses no table."""
+    return self.decode(codes)
+
   def pack(self, codes: jax.Array) -> jax.Array:
     """Returns the codes as they are."""
     return codes
+
+  def planes(self, packed: jax.Array) -> tuple[jax.Array, ...]:
+    """Returns the codes as they are, all in one."""
+    return (packed,)
 
   def unpack(self, packed: jax.Array) -> jax.Array:
     """Returns the codes as they are."""
@@ -128,6 +153,11 @@ class ByteFormat(Format):
   def unpack_rows(self, packed: jax.Array, rows: jax.Array) -> jax.Array:
     """Returns the [n, out] codes of the rows that int [n] names."""
     return packed[rows]
+
+
+def interleave(planes: Sequence[jax.Array]) -> jax.Array:
+  """Returns n arrays [rows, out] as [n * rows, out], a row of each in turn."""
+  return jnp.stack(planes, axis=1).reshape(-1, planes[0].shape[1])
 
 
 FORMATS = {

@@ -92,7 +92,7 @@ def _check_rank(path: str, adapted: Adapted) -> None:
     )
 
 
-class Halves(NamedTuple):
+class SplitLeaf(NamedTuple):
   """What becomes of a leaf.
 
   Attributes:
@@ -116,7 +116,7 @@ def split_leaf(
   *,
   dtype: Any = None,
   start: Start | None = None,
-) -> Halves:
+) -> SplitLeaf:
   """Returns what is frozen of a leaf, and what is trained.
 
   Args:
@@ -135,7 +135,7 @@ def split_leaf(
   plan = split.plan
   if path in plan.full:
     whole = Placeholder(leaf.shape, jnp.dtype(leaf.dtype))
-    return Halves(whole, {'full': _as_float32(leaf)})
+    return SplitLeaf(whole, {'full': _as_float32(leaf)})
   node, dtype = {}, dtype or leaf.dtype
   adapted = plan.adapted.get(path)
   changed = adapted is not None and split.spec.changes_base
@@ -149,7 +149,7 @@ def split_leaf(
   frozen = _freeze(split, path, leaf, dtype)
   if adapted is not None and adapted.dora:
     node['magnitude'] = magnitude(split, path, frozen, node)
-  return Halves(frozen, node, start if changed else None)
+  return SplitLeaf(frozen, node, start if changed else None)
 
 
 def _freeze(split: Split, path: str, leaf: Any, dtype: Any) -> Any:

@@ -20,7 +20,7 @@ from jlora.checkpoints.adapters import (
 )
 from jlora.checkpoints.bases import Base, open_base
 from jlora.checkpoints.peft import load_adapter, split_initial
-from jlora.checkpoints.placement import load_frozen, load_halves
+from jlora.checkpoints.placement import load_frozen, load_split
 from jlora.checkpoints.starts import Starts
 from jlora.core.combination import combine
 from jlora.core.decompositions import Start
@@ -185,7 +185,7 @@ def _start_again(
     for path, node in nodes_by_path(initial).items()
   }
   key = jax.random.key(0)  # these inits draw nothing
-  frozen, _, starts = load_halves(key, base, spec, quant, dtype, starts=starts)
+  frozen, _, starts = load_split(key, base, spec, quant, dtype, starts=starts)
   return _Parts(frozen, trained, spec, starts)
 
 

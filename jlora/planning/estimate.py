@@ -7,7 +7,7 @@ from jlora.parallel.machines import GIB, Machine
 
 # Between steps, and within one; the last is whatever else the compiler needs.
 KEPT = ('frozen, quantized', 'frozen, dense', 'trainable', 'optimizer state')
-WITHIN = ('gradients', 'layer inputs', 'scratch')
+WITHIN = ('gradients', 'activations', 'scratch')
 # jax takes this share of a GPU's memory unless told otherwise.
 _PREALLOCATED = 0.75
 

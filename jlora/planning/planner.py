@@ -14,9 +14,9 @@ from jlora.parallel.machines import GIB, Machine
 from jlora.parallel.mesh import AXES, make_mesh, sizes
 from jlora.parallel.topology import devices_of
 from jlora.planning.collectives import moved_bytes
-from jlora.planning.counting import count_gradients, count_inputs, count_scratch
+from jlora.planning.counting import count_gradients, count_scratch
 from jlora.planning.estimate import Estimate
-from jlora.planning.flops import count_flops
+from jlora.planning.traced import count_flops, count_kept
 from jlora.training.footprint import ON_HOST, bytes_by_part, compiled_peak
 from jlora.training.halves import Halves, abstract_halves
 from jlora.training.program import abstract_batch, make_program
@@ -124,14 +124,14 @@ class Planner:
     Args:
       spec: From `prepare`.
     """
-    halves = self._halves(spec, self._mesh(spec))
+    halves = self._halves(spec, self.config, self._mesh(spec))
     parts = self._parts(spec, halves)
     away = parts.pop(ON_HOST, 0)
     parts['scratch'] = count_scratch(
       spec, self.config, halves, self.machine.platform
     )
     # Moments that lie on the host are here for the update, after all layers.
-    parts['scratch'] = max(parts['scratch'], away - parts['layer inputs'])
+    parts['scratch'] = max(parts['scratch'], away - parts['activations'])
     return Estimate(self.machine, parts, sum(parts.values()), {}, False)
 
   def flops(self, spec: RunSpec) -> int:
@@ -142,18 +142,34 @@ class Planner:
     Args:
       spec: From `prepare`.
     """
+    return count_flops(self._traced(spec, self.config))
+
+  def _count_kept(self, spec: RunSpec) -> int:
+    """Returns the bytes that a device keeps for the backward pass.
+
+    What a device does of a step is traced, for one device with its rows and
+    its heads: with remat 'full' these are the layers' inputs.
+    """
+    tensor = sizes(*spec.mesh.sizes, self.machine.devices)[2]
+    rows = spec.train.batch_size // self.row_devices(spec)
+    train = dataclasses.replace(spec.train, batch_size=rows)
+    spec = dataclasses.replace(spec, train=train, mesh=MeshSpec())
+    return count_kept(self._traced(spec, _cut(self.config, tensor)))
+
+  def _traced(self, spec: RunSpec, config: DecoderConfig) -> Any:
+    """Returns the program of a step on one device."""
     mesh = make_mesh(1, devices=jax.devices('cpu')[:1])
-    halves = self._halves(spec, mesh)
-    step = make_program(spec, self.config, halves, mesh).step
+    halves = self._halves(spec, config, mesh)
+    step = make_program(spec, config, halves, mesh).step
     batch = abstract_batch(spec, mesh)
-    return count_flops(step.trace(halves.state, halves.frozen, batch).jaxpr)
+    return step.trace(halves.state, halves.frozen, batch).jaxpr
 
   def _estimate(self, spec: RunSpec) -> Estimate:
     if not self.can_compile(spec):
       return self.count(spec)
     self.compiles += 1
     mesh = self._mesh(spec)
-    halves = self._halves(spec, mesh)
+    halves = self._halves(spec, self.config, mesh)
     traced = make_program(spec, self.config, halves, mesh).step.trace(
       halves.state, halves.frozen, abstract_batch(spec, mesh)
     )
@@ -190,16 +206,33 @@ class Planner:
     shape = sizes(*asked, self.machine.devices)
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
-  def _halves(self, spec: RunSpec, mesh: Any) -> Halves:
+  def _halves(self, spec: RunSpec, config: DecoderConfig, mesh: Any) -> Halves:
     dtype = compute_dtype(spec.train.dtype, self.machine.platform)
     steps = spec.train.steps or _STEPS
-    return abstract_halves(spec, self.config, dtype, mesh, steps)
+    return abstract_halves(spec, config, dtype, mesh, steps)
 
   def _parts(self, spec: RunSpec, halves: Halves) -> dict[str, int]:
     parts = bytes_by_part(halves.frozen, halves.state)
     parts['gradients'] = count_gradients(spec, parts['trainable'])
-    parts['layer inputs'] = count_inputs(spec, self.config, halves)
+    parts['activations'] = self._count_kept(spec)
     return parts
+
+
+def _cut(config: DecoderConfig, tensor: int) -> DecoderConfig:
+  """Returns the sizes of what one of `tensor` devices computes of a layer.
+
+  Args:
+    config: The base's sizes.
+    tensor: How many share each layer's products; sizes that they do not divide
+      stay whole.
+  """
+  names = ('mlp_dim', 'heads', 'kv_heads')
+  whole = {name: getattr(config, name) for name in names}
+  if whole['heads'] % tensor or whole['kv_heads'] % tensor:
+    del whole['heads'], whole['kv_heads']
+  return dataclasses.replace(
+    config, **{n: x // tensor for n, x in whole.items() if x % tensor == 0}
+  )
 
 
 def _asked(error: Exception, least: int, usable: int) -> int:

@@ -87,7 +87,7 @@ def load_halves(
   Raises:
     JloraError: The base is damaged.
   """
-  frozen, trainable, starts = placement.load_halves(
+  frozen, trainable, starts = placement.load_split(
     jax.random.key(spec.seed),
     base,
     spec.lora,

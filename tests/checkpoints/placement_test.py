@@ -8,7 +8,7 @@ import pytest
 
 import jlora
 from jlora.checkpoints.bases import DEFAULT_BASE, open_base
-from jlora.checkpoints.placement import load_frozen, load_halves
+from jlora.checkpoints.placement import load_frozen, load_split
 from jlora.models import families
 from jlora.models.decoder import Decoder
 
@@ -55,7 +55,7 @@ def test_halves_split_as_leaves_arrive_equal_a_tree_partitioned(
   dense = jax.tree.map(jnp.asarray, base.load_params())
   key = jax.random.key(5)
   chex.assert_trees_all_equal(
-    load_halves(key, base, spec, quant, jnp.float32)[:2],
+    load_split(key, base, spec, quant, jnp.float32)[:2],
     jlora.partition(key, dense, spec, quant=quant),
   )
 
@@ -64,7 +64,7 @@ def test_what_an_init_leaves_takes_the_dtype_too(tiny_base):
   base = open_base(str(tiny_base))
   spec = jlora.LoraSpec(rank=4, init='pissa', targets='mlp')
   spec = families.resolve(spec, base.config)
-  halves = load_halves(jax.random.key(0), base, spec, None, jnp.bfloat16)
+  halves = load_split(jax.random.key(0), base, spec, None, jnp.bfloat16)
   frozen, trainable, _ = halves
   assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype('bfloat16')}
   assert {x.dtype for x in jax.tree.leaves(trainable)} == {jnp.dtype('f4')}
@@ -81,7 +81,7 @@ def test_loftq_starts_with_less_of_a_real_base_lost_to_4_bits():
   def loss(init):
     spec = jlora.LoraSpec(rank=16, alpha=16.0, init=init)
     spec = families.resolve(spec, base.config)
-    halves = load_halves(jax.random.key(0), base, spec, quant, jnp.float32)[:2]
+    halves = load_split(jax.random.key(0), base, spec, quant, jnp.float32)[:2]
     logits = apply({'params': jlora.combine(*halves, spec)}, ids)
     losses = optax.softmax_cross_entropy_with_integer_labels
     return float(losses(logits[:, :-1], ids[:, 1:]).mean())

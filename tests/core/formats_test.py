@@ -93,6 +93,14 @@ def test_decoding_has_the_bits_of_the_table_under_jit_too(name):
   np.testing.assert_array_equal(FORMATS[name].decode(codes), levels)
 
 
+@pytest.mark.parametrize('name', FORMATS)
+def test_selects_give_the_bits_of_the_table(name):
+  codes = jnp.arange(len(FORMATS[name].levels), dtype=jnp.uint8)
+  for found in (FORMATS[name].select(codes), FORMATS[name].decode(codes)):
+    assert found.dtype == jnp.float32
+    assert found.tobytes() == FORMATS[name].levels.tobytes()  # -0.0 too
+
+
 def test_fp4_writes_zero_as_code_0():
   codes = FORMATS['fp4'].encode(jnp.array([0.0, -0.0, -1e-3, 1e-3]))
   # The second zero is what bitsandbytes writes for tiny positive values.

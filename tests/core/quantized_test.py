@@ -14,6 +14,8 @@ from jlora.core import formats
 from jlora.core.axes import parse_roles
 from jlora.core.quantization import quantize_leaf
 from jlora.core.quantized import (
+  decode_codes,
+  decode_planes,
   decode_rows,
   dequantize_leaf,
   expand_scales,
@@ -165,6 +167,27 @@ def test_decoding_is_level_times_absmax(name):
   np.testing.assert_array_equal(jlora.dequantize(x), levels * absmax)
   assert x.codes_per_byte == {'int8': 1}.get(name, 2)
   assert x.codes.shape == (128 // x.codes_per_byte, 5)
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize('name', formats.FORMATS)
+def test_a_tpu_decodes_to_the_same_bits(name, dtype):
+  x = make(100, 24, format=name, block_size=32, dtype=dtype)
+  one, other = (
+    jax.jit(decode)(x, expand_scales(x))
+    for decode in (decode_codes, decode_planes)
+  )
+  assert one.shape == (128, 24)
+  assert one.dtype == dtype
+  assert one.tobytes() == other.tobytes()
+
+
+def test_on_a_tpu_levels_are_selected_and_elsewhere_looked_up():
+  x = make(64, 8, double_quant=False)
+  lowered = jax.jit(dequantize_leaf).trace(x)
+  for platform, looks_up in (('tpu', False), ('cuda', True), ('cpu', True)):
+    text = lowered.lower(lowering_platforms=(platform,)).as_text()
+    assert ('stablehlo.gather' in text) == looks_up, platform
 
 
 @pytest.mark.parametrize(

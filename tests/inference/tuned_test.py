@@ -12,7 +12,7 @@ import pytest
 import jlora
 from jlora.checkpoints.bases import open_base
 from jlora.checkpoints.peft import save_adapter
-from jlora.checkpoints.placement import load_halves
+from jlora.checkpoints.placement import load_split
 from jlora.core import initializers
 from jlora.errors import AdapterError
 from jlora.inference.tuned import load_tuned
@@ -29,7 +29,7 @@ def make_adapter(tiny_base, tmp_path_factory):
     spec = families.resolve(spec, base.config)
     quant = quant and families.resolve(quant, base.config)
     key = jax.random.key(0)
-    loaded = load_halves(key, base, spec, quant, jnp.float32)
+    loaded = load_split(key, base, spec, quant, jnp.float32)
     frozen, initial, starts = loaded
     random = np.random.default_rng(1)
     trained = jax.tree.map(

@@ -1,4 +1,4 @@
-"""Floating-point operations of a traced program's matrix products."""
+"""What can be read off a traced program, before a compiler has seen it."""
 
 import math
 from collections.abc import Iterator
@@ -33,6 +33,26 @@ def count_flops(jaxpr: Any) -> int:
     else:
       total += sum(inner) * params.get('length', 1)
   return total
+
+
+def count_kept(jaxpr: Any) -> int:
+  """Returns the bytes that the loop over layers keeps for the backward pass.
+
+  They are what a scan gives beside its carry. Of several scans the one that
+  keeps most is meant: its bytes are there while the others run.
+
+  Args:
+    jaxpr: Of a traced function.
+  """
+  jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
+  most = 0
+  for equation in jaxpr.eqns:
+    params = equation.params
+    if equation.primitive.name == 'scan' and not params['reverse']:
+      kept = [v.aval for v in equation.outvars[params['num_carry'] :]]
+      most = max(most, sum(math.prod(x.shape) * x.dtype.itemsize for x in kept))
+    most = max([most, *map(count_kept, _inner(params))])
+  return most
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

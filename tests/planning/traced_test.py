@@ -1,10 +1,10 @@
-"""Facts of jlora.planning.flops."""
+"""Facts of jlora.planning.traced."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from jlora.planning.flops import count_flops
+from jlora.planning.traced import count_flops, count_kept
 
 X, W = jnp.zeros((3, 4)), jnp.zeros((4, 5))
 ONE = 2 * 3 * 4 * 5
@@ -46,3 +46,21 @@ def test_what_is_recomputed_counts_again():
     jax.make_jaxpr(jax.grad(jax.checkpoint(loss), (0, 1)))(X, W)
   )
   assert (plain, again) == (3 * ONE, 4 * ONE)
+
+
+@pytest.mark.parametrize(('remat', 'arrays'), [(False, 2), (True, 1)])
+def test_a_loop_keeps_what_its_backward_pass_reads(remat, arrays):
+  def body(x, w):  # the backward pass reads the input and the inner sine
+    return jnp.sin(jnp.sin(x) * w), None
+
+  def loss(x, ws):
+    layer = jax.checkpoint(body, prevent_cse=False) if remat else body
+    return jax.lax.scan(layer, x, ws)[0].sum()
+
+  def microbatches(x, ws):
+    return jax.lax.map(lambda x: jax.grad(loss)(x, ws), jnp.stack([x, x]))
+
+  x, ws = jnp.zeros(1000), jnp.zeros(5)
+  for run in (jax.grad(loss), microbatches):
+    kept = count_kept(jax.make_jaxpr(run)(x, ws))
+    assert kept // (5 * 1000 * 4) == arrays
