@@ -134,17 +134,9 @@ class ByteFormat(Format):
     """Returns the float32 values that codes stand for, those of `levels`."""
     return (codes.astype(jnp.float32) - 128) * INT8_STEP
 
-  def select(self, codes: jax.Array) -> jax.Array:
-    """Returns what `decode` does, which uses no table."""
-    return self.decode(codes)
-
   def pack(self, codes: jax.Array) -> jax.Array:
     """Returns the codes as they are."""
     return codes
-
-  def planes(self, packed: jax.Array) -> tuple[jax.Array, ...]:
-    """Returns the codes as they are, all in one."""
-    return (packed,)
 
   def unpack(self, packed: jax.Array) -> jax.Array:
     """Returns the codes as they are."""

@@ -165,40 +165,63 @@ def decode_matrices(x: QuantizedArray) -> jax.Array:
 def decode_matrix(x: QuantizedArray) -> jax.Array:
   """Returns an unstacked kernel as [in, out] in `x.dtype`, padding removed."""
   x = x if x.gather is None else x.gather(x)
+  of = {'number_format': formats.FORMATS[x.format], 'dtype': x.dtype}
   kernel = jax.lax.platform_dependent(
-    x, expand_scales(x), tpu=decode_planes, default=decode_codes
+    x.codes,
+    expand_scales(x),
+    tpu=functools.partial(
+      decode_planes if x.codes_per_byte > 1 else decode_codes, **of
+    ),
+    default=functools.partial(decode_codes, **of),
   )
   return kernel[: math.prod(x.inputs)]
 
 
-def decode_codes(x: QuantizedArray, absmax: jax.Array) -> jax.Array:
-  """Returns an unstacked kernel as [in, out] in `x.dtype`, with its padding.
+def decode_codes(
+  packed: jax.Array,
+  absmax: jax.Array,
+  *,
+  number_format: formats.Format,
+  dtype: Any,
+) -> jax.Array:
+  """Returns what packed codes stand for.
 
   Args:
-    x: A quantized kernel without stacked axes.
+    packed: uint8, `codes` of an unstacked kernel.
     absmax: float32 [in / block, out], from `expand_scales`.
+    number_format: Of the codes.
+    dtype: Of the result, which is rounded to once.
+
+  Returns:
+    [in, out], the padding included.
   """
-  number_format = formats.FORMATS[x.format]
-  values = number_format.decode(number_format.unpack(x.codes))
-  return _scaled(values, absmax, x.dtype)
+  values = number_format.decode(number_format.unpack(packed))
+  return _scaled(values, absmax, dtype)
 
 
-def decode_planes(x: QuantizedArray, absmax: jax.Array) -> jax.Array:
+def decode_planes(
+  packed: jax.Array,
+  absmax: jax.Array,
+  *,
+  number_format: formats.Format,
+  dtype: Any,
+) -> jax.Array:
   """Returns what `decode_codes` does, in the order that suits a TPU.
 
   Its compiler fuses selects but no look-ups, and nothing across rows that
-  interleave: so these are interleaved last, when they are values of `x.dtype`.
+  interleave: so these are interleaved last, when they are values of `dtype`.
   Without the barrier it would lay out the codes for that step too, and copy
   those of all layers. CPUs and GPUs fuse all of it, and would decode twice.
 
   Args:
-    x: A quantized kernel without stacked axes.
-    absmax: float32 [in / block, out], from `expand_scales`.
+    packed: As in `decode_codes`, two codes a byte.
+    absmax: As in `decode_codes`.
+    number_format: As in `decode_codes`.
+    dtype: As in `decode_codes`.
   """
-  number_format = formats.FORMATS[x.format]
   planes = [
-    _scaled(number_format.select(codes), absmax, x.dtype)
-    for codes in number_format.planes(x.codes)
+    _scaled(number_format.select(codes), absmax, dtype)
+    for codes in number_format.planes(packed)
   ]
   return formats.interleave(jax.lax.optimization_barrier(planes))
 

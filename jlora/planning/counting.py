@@ -1,15 +1,15 @@
 """Bytes of a step, counted from shapes where no compiler is at hand.
 
 At its peak a step is in the backward pass of one layer: it holds what is kept
-between steps, the gradients, every layer's input, and the layer that is
-computed again. Of that layer, `LIVE` says how many arrays of each kind are
-there at once. The numbers were read off the compilers' buffers, by making one
-size at a time larger; what they leave out is what `planner` finds.
+between steps, the gradients, what all layers kept, and what this one computes.
+Of that, `LIVE` says how many arrays of each kind are there at once. The numbers
+are fitted to steps that were compiled; what they leave out is what `planner`
+finds.
 """
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -20,14 +20,27 @@ from jlora.training.halves import Halves
 from jlora.training.run_spec import RunSpec
 
 
-@dataclasses.dataclass(frozen=True)
+class Moment(NamedTuple):
+  """A moment of a layer's backward pass that may be the largest.
+
+  Attributes:
+    scores: Attention weights in float32.
+    inner: [tokens, mlp] arrays.
+    kernels: Share of the layer's decoded or copied kernels.
+  """
+
+  scores: float
+  inner: float
+  kernels: float = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Live:
   """Arrays that a layer's backward pass holds at once.
 
   Attributes:
-    moments: (attention weights in float32, [tokens, mlp] arrays, share of the
-      kernels) at the moments that may be the largest: within attention, and
-      within the MLP.
+    attention: Within attention.
+    mlp: Within the MLP.
     embed: [tokens, embed] arrays.
     heads: [tokens, heads] arrays.
     dense: Kernels of a layer, in layers, where they are stored dense: slices
@@ -38,7 +51,8 @@ class Live:
     inputs: Copies of all layers' inputs.
   """
 
-  moments: tuple[tuple[float, float, float], ...]
+  attention: Moment
+  mlp: Moment
   embed: float
   heads: float
   dense: float
@@ -50,12 +64,36 @@ class Live:
 
 LIVE = {
   # Kernels are copied for the product; all of a layer are there together.
-  'cpu': Live(((3, 9, 1),), 6, 4, 1, 1, 1),
+  'cpu': Live(
+    attention=Moment(3, 9),
+    mlp=Moment(3, 9),
+    embed=6,
+    heads=4,
+    dense=1,
+    decoded=1,
+    largest=1,
+  ),
   # Products and their neighbors are fused, and codes decoded one by one.
-  'cuda': Live(((2.2, 1, 1), (1, 5, 1)), 4, 4, 0.85, 0.25, 1),
-  # The halves of a kernel are decoded apart, then interleaved.
+  'cuda': Live(
+    attention=Moment(2.2, 1),
+    mlp=Moment(1, 5),
+    embed=4,
+    heads=4,
+    dense=0.85,
+    decoded=0.25,
+    largest=1,
+  ),
+  # The planes of a kernel are decoded apart, then interleaved.
   'tpu': Live(
-    ((3.3, 3, 0.5), (0.7, 9, 1)), 4, 2, 0.85, 0, 3.8, logits=4, inputs=1
+    attention=Moment(3.3, 3, 0.5),
+    mlp=Moment(0.7, 9),
+    embed=4,
+    heads=2,
+    dense=0.85,
+    decoded=0,
+    largest=3.8,
+    logits=4,
+    inputs=1,
   ),
 }
 
@@ -89,7 +127,8 @@ def count_scratch(
   inner = size * tokens * c.mlp_dim // cut
   kernels = _kernels(config, halves, live) / cut
   layer = max(
-    s * scores + f * inner + share * kernels for s, f, share in live.moments
+    at.scores * scores + at.inner * inner + at.kernels * kernels
+    for at in (live.attention, live.mlp)
   )
   layer += size * tokens * live.embed * c.embed_dim
   layer += size * tokens * live.heads * c.heads * c.head_dim // cut

@@ -1,6 +1,7 @@
 """Compiles the step of a run for a machine, or counts where it cannot."""
 
 import dataclasses
+import math
 import re
 from typing import Any
 
@@ -77,6 +78,7 @@ class Planner:
     except MissingCompilerError as error:
       self.missing = str(error)
     self._known: dict[RunSpec, Estimate] = {}
+    self._programs: dict[RunSpec, Any] = {}
 
   def prepare(self, spec: RunSpec) -> RunSpec:
     """Returns a run that is resolved for the base and laid out on the machine.
@@ -124,7 +126,7 @@ class Planner:
     Args:
       spec: From `prepare`.
     """
-    halves = self._halves(spec, self.config, self._mesh(spec))
+    halves = self._halves(spec, self._mesh(spec))
     parts = self._parts(spec, halves)
     away = parts.pop(ON_HOST, 0)
     parts['scratch'] = count_scratch(
@@ -142,34 +144,54 @@ class Planner:
     Args:
       spec: From `prepare`.
     """
-    return count_flops(self._traced(spec, self.config))
+    return count_flops(self._traced(spec))
 
   def _count_kept(self, spec: RunSpec) -> int:
     """Returns the bytes that a device keeps for the backward pass.
 
-    What a device does of a step is traced, for one device with its rows and
-    its heads: with remat 'full' these are the layers' inputs.
+    With remat 'full' these are the layers' inputs. Whatever it is, it grows by
+    as much with every row, so two steps are traced for all numbers of rows.
+    """
+    rows = spec.train.batch_size // self.row_devices(spec)
+    rows //= spec.train.accumulate
+    one, two = (self._kept_of(spec, count) for count in (1, 2))
+    return int(one + (rows - 1) * (two - one))
+
+  def _kept_of(self, spec: RunSpec, rows: int) -> float:
+    """Returns the bytes that one of the devices keeps of some rows.
+
+    Activations as wide as the residual stream or an adapter are taken for
+    these; others are heads or a part of the MLP, and cut along 'tensor'.
     """
     tensor = sizes(*spec.mesh.sizes, self.machine.devices)[2]
-    rows = spec.train.batch_size // self.row_devices(spec)
-    train = dataclasses.replace(spec.train, batch_size=rows)
-    spec = dataclasses.replace(spec, train=train, mesh=MeshSpec())
-    return count_kept(self._traced(spec, _cut(self.config, tensor)))
+    whole = {1, self.config.embed_dim, spec.lora and spec.lora.rank}
 
-  def _traced(self, spec: RunSpec, config: DecoderConfig) -> Any:
-    """Returns the program of a step on one device."""
-    mesh = make_mesh(1, devices=jax.devices('cpu')[:1])
-    halves = self._halves(spec, config, mesh)
-    step = make_program(spec, config, halves, mesh).step
-    batch = abstract_batch(spec, mesh)
-    return step.trace(halves.state, halves.frozen, batch).jaxpr
+    def size(array: Any) -> float:
+      total = math.prod(array.shape) * array.dtype.itemsize
+      return total / (1 if array.shape[-1] in whole else tensor)
+
+    train = dataclasses.replace(spec.train, batch_size=rows, accumulate=1)
+    spec = dataclasses.replace(spec, train=train)
+    return count_kept(self._traced(spec), size)
+
+  def _traced(self, spec: RunSpec) -> Any:
+    """Returns the program of a step on one device; it is remembered."""
+    spec = dataclasses.replace(spec, mesh=MeshSpec())
+    if spec not in self._programs:
+      mesh = make_mesh(1, devices=jax.devices('cpu')[:1])
+      halves = self._halves(spec, mesh)
+      step = make_program(spec, self.config, halves, mesh).step
+      batch = abstract_batch(spec, mesh)
+      traced = step.trace(halves.state, halves.frozen, batch)
+      self._programs[spec] = traced.jaxpr
+    return self._programs[spec]
 
   def _estimate(self, spec: RunSpec) -> Estimate:
     if not self.can_compile(spec):
       return self.count(spec)
     self.compiles += 1
     mesh = self._mesh(spec)
-    halves = self._halves(spec, self.config, mesh)
+    halves = self._halves(spec, mesh)
     traced = make_program(spec, self.config, halves, mesh).step.trace(
       halves.state, halves.frozen, abstract_batch(spec, mesh)
     )
@@ -184,7 +206,9 @@ class Planner:
       parts['scratch'] = max(rest, 0)
       return Estimate(self.machine, parts, asked, {}, True, refused=True)
     peak = compiled_peak(compiled)
-    parts['scratch'] = peak - sum(parts.values())
+    rest = peak - sum(parts.values())  # below zero, some was not kept
+    parts['activations'] += min(rest, 0)
+    parts['scratch'] = max(rest, 0)
     moved = moved_bytes(compiled.as_text())
     return Estimate(self.machine, parts, peak, moved, True)
 
@@ -206,33 +230,16 @@ class Planner:
     shape = sizes(*asked, self.machine.devices)
     return AbstractMesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
-  def _halves(self, spec: RunSpec, config: DecoderConfig, mesh: Any) -> Halves:
+  def _halves(self, spec: RunSpec, mesh: Any) -> Halves:
     dtype = compute_dtype(spec.train.dtype, self.machine.platform)
     steps = spec.train.steps or _STEPS
-    return abstract_halves(spec, config, dtype, mesh, steps)
+    return abstract_halves(spec, self.config, dtype, mesh, steps)
 
   def _parts(self, spec: RunSpec, halves: Halves) -> dict[str, int]:
     parts = bytes_by_part(halves.frozen, halves.state)
     parts['gradients'] = count_gradients(spec, parts['trainable'])
     parts['activations'] = self._count_kept(spec)
     return parts
-
-
-def _cut(config: DecoderConfig, tensor: int) -> DecoderConfig:
-  """Returns the sizes of what one of `tensor` devices computes of a layer.
-
-  Args:
-    config: The base's sizes.
-    tensor: How many share each layer's products; sizes that they do not divide
-      stay whole.
-  """
-  names = ('mlp_dim', 'heads', 'kv_heads')
-  whole = {name: getattr(config, name) for name in names}
-  if whole['heads'] % tensor or whole['kv_heads'] % tensor:
-    del whole['heads'], whole['kv_heads']
-  return dataclasses.replace(
-    config, **{n: x // tensor for n, x in whole.items() if x % tensor == 0}
-  )
 
 
 def _asked(error: Exception, least: int, usable: int) -> int:

@@ -1,7 +1,7 @@
 """What can be read off a traced program, before a compiler has seen it."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from jax.extend import core
@@ -35,7 +35,7 @@ def count_flops(jaxpr: Any) -> int:
   return total
 
 
-def count_kept(jaxpr: Any) -> int:
+def count_kept(jaxpr: Any, size: Callable[[Any], float]) -> float:
   """Returns the bytes that the loop over layers keeps for the backward pass.
 
   They are what a scan gives beside its carry. Of several scans the one that
@@ -43,15 +43,17 @@ def count_kept(jaxpr: Any) -> int:
 
   Args:
     jaxpr: Of a traced function.
+    size: Returns the bytes that one of the arrays, given by its shape and
+      dtype, has on a device.
   """
   jaxpr = getattr(jaxpr, 'jaxpr', jaxpr)
-  most = 0
+  most = 0.0
   for equation in jaxpr.eqns:
     params = equation.params
     if equation.primitive.name == 'scan' and not params['reverse']:
-      kept = [v.aval for v in equation.outvars[params['num_carry'] :]]
-      most = max(most, sum(math.prod(x.shape) * x.dtype.itemsize for x in kept))
-    most = max([most, *map(count_kept, _inner(params))])
+      kept = equation.outvars[params['num_carry'] :]
+      most = max(most, sum(size(variable.aval) for variable in kept))
+    most = max([most, *(count_kept(sub, size) for sub in _inner(params))])
   return most
 
 

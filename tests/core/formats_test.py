@@ -93,7 +93,7 @@ def test_decoding_has_the_bits_of_the_table_under_jit_too(name):
   np.testing.assert_array_equal(FORMATS[name].decode(codes), levels)
 
 
-@pytest.mark.parametrize('name', FORMATS)
+@pytest.mark.parametrize('name', ['nf4', 'fp4', 'int4'])
 def test_selects_give_the_bits_of_the_table(name):
   codes = jnp.arange(len(FORMATS[name].levels), dtype=jnp.uint8)
   for found in (FORMATS[name].select(codes), FORMATS[name].decode(codes)):

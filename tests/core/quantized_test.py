@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 import hashlib
 import math
 import pathlib
@@ -170,11 +171,12 @@ def test_decoding_is_level_times_absmax(name):
 
 
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
-@pytest.mark.parametrize('name', formats.FORMATS)
+@pytest.mark.parametrize('name', ['nf4', 'fp4', 'int4'])
 def test_a_tpu_decodes_to_the_same_bits(name, dtype):
   x = make(100, 24, format=name, block_size=32, dtype=dtype)
+  of = {'number_format': formats.FORMATS[name], 'dtype': dtype}
   one, other = (
-    jax.jit(decode)(x, expand_scales(x))
+    jax.jit(functools.partial(decode, **of))(x.codes, expand_scales(x))
     for decode in (decode_codes, decode_planes)
   )
   assert one.shape == (128, 24)
