@@ -19,7 +19,8 @@ from jlora.models.config import DecoderConfig
 from jlora.parallel.machines import find_machine
 from jlora.parallel.mesh import make_mesh
 from jlora.planning.planner import Planner
-from jlora.training.program import *
+from jlora.training.halves import abstract_halves
+from jlora.training.program import abstract_batch, make_program
 
 def field(name):
   text = pathlib.Path('/proc/self/status').read_text()
