@@ -17,6 +17,10 @@ import jax
 import numpy as np
 import pytest
 
+from tests.decoders import family_config, make_oracle, make_params
+
+__all__ = ['family_config', 'make_oracle', 'make_params']  # fixtures
+
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 LONG = ('processes_test.py', 'sharded_test.py')  # beside those with commands

@@ -31,6 +31,7 @@ from jlora.core.tree import leaves_by_path
 from jlora.errors import BaseModelError, CheckpointError, ConfigError
 from jlora.models import families
 from jlora.models.config import DecoderConfig
+from jlora.models.hf_config import read_config, write_config
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -51,7 +52,7 @@ _BUFFER = '.self_attn.rotary_emb.inv_freq'
 
 
 class HfModel:
-  """A Llama model in a Hugging Face folder.
+  """A model in a Hugging Face folder.
 
   Attributes:
     folder: The folder.
@@ -73,7 +74,7 @@ class HfModel:
     self._files = locate(folder)
     fields = _load_config(folder)
     check_sizes(folder / 'config.json', fields, len(self._files))
-    self.config = families.from_hf_config(fields)
+    self.config = read_config(fields)
     self._dtypes = self._check_tensors()
 
   @property
@@ -106,16 +107,15 @@ class HfModel:
     return tokenizers.from_folder(self.folder)
 
   def read(
-    self, module: str, dtype: np.dtype | type, index: Index | None = None
+    self, name: str, dtype: np.dtype | type, index: Index | None = None
   ) -> np.ndarray:
     """Returns a weight, or a part of it, as stored and rounded to `dtype`.
 
     Args:
-      module: Such as `model.layers.3.self_attn.q_proj`.
+      name: Such as `model.layers.3.self_attn.q_proj.weight`.
       dtype: What the values are rounded to.
       index: One slice an axis, which is all that is read; None is everything.
     """
-    name = f'{module}.weight'
     with safetensors.safe_open(self._files[name], 'numpy') as file:
       part = file.get_slice(name)[index] if index else file.get_tensor(name)
       return part.astype(dtype, copy=False)
@@ -128,7 +128,7 @@ class HfModel:
       for name, (shape, _) in header.items()
       if not name.endswith(_BUFFER)
     }
-    wanted = _stored_names(self.config)
+    wanted = stored_shapes(self.config)
     tied_head = self.config.tie_embeddings and found.pop(_HEAD, None)
     check_tensors(self.folder, found, wanted)
     if tied_head:
@@ -137,8 +137,10 @@ class HfModel:
 
   def _check_tied_head(self) -> None:
     """A head that is saved although it is tied must be the embedding."""
-    head = self.read('lm_head', np.float32)
-    if not np.array_equal(head, self.read('model.embed_tokens', np.float32)):
+    head = self.read('lm_head.weight', np.float32)
+    if not np.array_equal(
+      head, self.read('model.embed_tokens.weight', np.float32)
+    ):
       raise BaseModelError(
         f'{self.folder} holds an output head that differs from the embedding,'
         ' but config.json ties them; set tie_word_embeddings to false there'
@@ -195,7 +197,7 @@ def save_folder(
   _check_replaceable(folder)
   with replacing(folder) as new:
     write_tensors(
-      new / SINGLE, _stored_names(config), dtype, _stored(config, params)
+      new / SINGLE, stored_shapes(config), dtype, _stored(config, params)
     )
     _write_metadata(new, config, tokenizer, dtype, eos_token_ids)
 
@@ -219,11 +221,6 @@ def _check_replaceable(folder: pathlib.Path) -> None:
     )
 
 
-def _stored_names(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-  shapes = stored_shapes(config)
-  return {f'{module}.weight': shape for module, shape in shapes.items()}
-
-
 def _stored(
   config: DecoderConfig,
   params: Mapping[str, Any] | Iterable[tuple[str, Any]],
@@ -236,9 +233,9 @@ def _stored(
     if path not in leaves or tuple(leaf.shape) != leaves[path].shape:
       raise CheckpointError(f'{path} {leaf.shape} is no leaf of {config}')
     weight = leaves[path]
-    for i, module in enumerate(weight.modules):
+    for i, name in enumerate(weight.tensors):
       tensor = np.asarray(leaf[i] if weight.stacked else leaf)
-      yield f'{module}.weight', tensor.T if weight.transposed else tensor
+      yield name, tensor.T if weight.transposed else tensor
 
 
 def _write_metadata(
@@ -253,7 +250,7 @@ def _write_metadata(
     'eos_token_id': list(eos_token_ids) or tokenizer.eos_token_id,
     'pad_token_id': tokenizer.pad_token_id,
   }
-  fields = {**families.to_hf_config(config), **ids, 'dtype': dtype.name}
+  fields = {**write_config(config), **ids, 'dtype': dtype.name}
   _write_json(folder / 'config.json', fields)
   _write_json(folder / 'generation_config.json', ids)
   tokenizer.save_pretrained(folder)

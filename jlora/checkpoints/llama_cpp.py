@@ -1,12 +1,13 @@
-"""How llama.cpp writes a Llama model into a GGUF file, undone.
+"""How llama.cpp writes a model into a GGUF file, undone.
 
-Its names differ from Hugging Face's, the rows of the query and key projections
-are permuted so that the two features of a rotary pair are neighbors, and
-Llama 3's stretch of the wavelengths is stored as a tensor of divisors.
+Its names differ from Hugging Face's. In some architectures the rows of the
+query and key projections are permuted so that the two features of a rotary pair
+are neighbors. Llama 3's stretch of the wavelengths is stored as a tensor of
+divisors.
 
 References:
-  `convert_hf_to_gguf.py <https://github.com/ggml-org/llama.cpp>`_, class
-  `LlamaModel`.
+  `convert_hf_to_gguf.py <https://github.com/ggml-org/llama.cpp>`_, classes
+  `LlamaModel`, `SmolLM3Model`, `Qwen2Model` and `Qwen3Model`.
 """
 
 import collections
@@ -29,16 +30,25 @@ from jlora.checkpoints.weights import (
   stored_shapes,
 )
 from jlora.errors import BaseModelError
-from jlora.models import families, rotary
-from jlora.models.config import DecoderConfig, RopeScaling
+from jlora.models import rotary
+from jlora.models.config import DecoderConfig
+from jlora.models.hf_config import read_config
+from jlora.models.rope_scaling import Llama3Scaling
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-_ARCHITECTURE = 'llama'
+# Whether rows are permuted, by architecture, which is the family's name too.
+# Mistral's models are written as Llama's.
+_ARCHITECTURES = {
+  'llama': True,
+  'qwen2': False,
+  'qwen3': False,
+  'smollm3': True,
+}
 _ROPE_FACTORS = 'rope_freqs.weight'
 
-# GGUF key behind `llama.` -> field of config.json.
+# GGUF key behind the architecture's name -> field of config.json.
 _FIELDS = {
   'block_count': 'num_hidden_layers',
   'embedding_length': 'hidden_size',
@@ -53,7 +63,7 @@ _FIELDS = {
 
 
 class GgufModel:
-  """A Llama model in a GGUF file, with Hugging Face's names and layout.
+  """A model in a GGUF file, with Hugging Face's names and layout.
 
   Attributes:
     file: The open GGUF file.
@@ -105,17 +115,18 @@ class GgufModel:
     return kind if kind in ('F32', 'F16', 'BF16') else f'dequantized {kind}'
 
   def read(
-    self, module: str, dtype: np.dtype | type, index: Index | None = None
+    self, name: str, dtype: np.dtype | type, index: Index | None = None
   ) -> np.ndarray:
     """Returns a weight, or a part of it, as Hugging Face lays it out.
 
     Args:
-      module: Such as `model.layers.3.self_attn.q_proj`.
+      name: Such as `model.layers.3.self_attn.q_proj.weight`.
       dtype: What the dequantized values are rounded to.
       index: One slice an axis; of the others, no row is read. None is
         everything.
     """
-    name = self._name(module)
+    module = name.removesuffix('.weight')
+    name = self._name(name)
     if len(self.file.tensors[name].shape) < 2:
       weight = self.file.read(name, dtype)
       return weight[index] if index else weight
@@ -128,6 +139,8 @@ class GgufModel:
   @property
   def _rotary_heads(self) -> dict[str, int]:
     """Heads of the weights whose rows llama.cpp gives another order."""
+    if not _ARCHITECTURES[self.config.family]:
+      return {}
     return {
       '.self_attn.q_proj': self.config.heads,
       '.self_attn.k_proj': self.config.kv_heads,
@@ -135,17 +148,18 @@ class GgufModel:
 
   @functools.cached_property
   def _names(self) -> gguf.TensorNameMap:
-    return gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, self.config.layers)
+    arch = gguf.MODEL_ARCH[self.config.family.upper()]
+    return gguf.get_tensor_name_map(arch, self.config.layers)
 
-  def _name(self, module: str) -> str:
-    return f'{self._names.get_name(module)}.weight'
+  def _name(self, name: str) -> str:
+    return self._names.get_name(name, try_suffixes=('.weight', '.bias'))
 
   def _check_tensors(self) -> None:
     found = {name: info.shape for name, info in self.file.tensors.items()}
     found.pop(_ROPE_FACTORS, None)
     wanted = {
-      self._name(module): shape
-      for module, shape in stored_shapes(self.config).items()
+      self._name(name): shape
+      for name, shape in stored_shapes(self.config).items()
     }
     check_tensors(self.file.path, found, wanted)
 
@@ -170,24 +184,24 @@ def rotary_rows(rows: int, heads: int) -> np.ndarray:
 def _read_config(file: GgufFile) -> DecoderConfig:
   meta = file.metadata
   kind = meta.get('general.architecture')
-  if kind != _ARCHITECTURE:
+  if kind not in _ARCHITECTURES:
+    known = ', '.join(map(repr, _ARCHITECTURES))
     raise BaseModelError(
-      f'{file.path} has the architecture {kind!r}; this version trains'
-      f' {_ARCHITECTURE!r} models'
+      f'{file.path} has the architecture {kind!r}; this version reads {known}'
     )
   fields = {
-    field: _plain(meta[f'{_ARCHITECTURE}.{key}'])
+    field: _plain(meta[f'{kind}.{key}'])
     for key, field in _FIELDS.items()
-    if f'{_ARCHITECTURE}.{key}' in meta
+    if f'{kind}.{key}' in meta
   }
   embedding = file.tensors.get('token_embd.weight')
   if embedding is None:
     raise BaseModelError(f"{file.path} lacks the tensor 'token_embd.weight'")
-  fields['model_type'] = _ARCHITECTURE
+  fields['model_type'] = kind
   fields['vocab_size'] = embedding.shape[0]
   fields['tie_word_embeddings'] = 'output.weight' not in file.tensors
   check_sizes(file.path, fields, len(file.tensors))
-  config = families.from_hf_config(fields)
+  config = read_config(fields)
   _check_features(file, config)
   return _with_rope_scaling(file, config)
 
@@ -205,10 +219,10 @@ def _check_features(file: GgufFile, config: DecoderConfig) -> None:
     'expert_count': 0,
   }
   for key, value in wanted.items():
-    found = file.metadata.get(f'{_ARCHITECTURE}.{key}', value)
+    found = file.metadata.get(f'{config.family}.{key}', value)
     if found != value:
       raise BaseModelError(
-        f'{file.path} has {_ARCHITECTURE}.{key}={found!r}, which this decoder'
+        f'{file.path} has {config.family}.{key}={found!r}, which this decoder'
         f' does not compute; it needs {value!r}'
       )
 
@@ -218,7 +232,7 @@ def _with_rope_scaling(file: GgufFile, config: DecoderConfig) -> DecoderConfig:
   if _ROPE_FACTORS not in file.tensors:
     return config
   factors = file.read(_ROPE_FACTORS)
-  scaling = RopeScaling(factor=float(factors.max()))
+  scaling = Llama3Scaling(factor=float(factors.max()))
   scaled = dataclasses.replace(config, rope_scaling=scaling)
   expected = rotary.frequencies(config) / rotary.frequencies(scaled)
   if factors.shape != expected.shape or not np.allclose(

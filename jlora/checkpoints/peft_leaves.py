@@ -187,11 +187,13 @@ def make_layouts(
   for weight in families.weights(config):
     first, twin = weight.modules[0], base.twin(weight.modules[0])
     ranks = tuple(selection.pairs.get(m, (0,))[0] for m in weight.modules)
+    if any(ranks) and weight.kind == 'bias':
+      continue  # PEFT's pairs are for the kernel beside it
     if any(ranks):
       dora = selection.variant == 'dora'
       layouts[weight.path] = Pair(weight, twin, ranks, dora)
     elif first in selection.saved:
-      layouts[weight.path] = Full(weight, twin)
+      layouts[weight.path] = Full(weight, twin, weight.kind)
     elif first in selection.rows:
       layouts[weight.path] = Rows(weight, None, selection.rows[first])
   return layouts

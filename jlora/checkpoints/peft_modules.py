@@ -47,7 +47,7 @@ def make_modules(config: DecoderConfig) -> Modules:
     embedding=_EMBEDDING,
     head=_HEAD,
     shared=frozenset([_EMBEDDING, _HEAD] if config.tie_embeddings else []),
-    stacks=tuple(weight.modules for weight in weights if weight.stacked),
+    stacks=tuple(dict.fromkeys(w.modules for w in weights if w.stacked)),
     layers=config.layers,
     vocab_size=config.vocab_size,
   )

@@ -75,6 +75,7 @@ def select(spec: LoraSpec, config: DecoderConfig) -> Selection:
     for path, weight in weights.items()
   }
   plan = make_plan(leaves, spec)
+  _refuse_halves(plan, weights)
   selection = Selection(
     pairs=dict(_pairs(plan, spec, weights, base)),
     saved=frozenset(m for p in plan.full for m in _holders(weights[p], base)),
@@ -89,6 +90,17 @@ def select(spec: LoraSpec, config: DecoderConfig) -> Selection:
   )
   check_selection(selection, base)
   return selection
+
+
+def _refuse_halves(plan: Plan, weights: Mapping[str, Weight]) -> None:
+  """Refuses to save a kernel without its bias, or the other way round."""
+  for path in plan.full:
+    for other, weight in weights.items():
+      if weight.modules == weights[path].modules and other not in plan.full:
+        raise AdapterError(
+          f'{path!r} is trained in full and {other!r} is not; PEFT saves a'
+          ' module whole (modules_to_save): train both, or neither'
+        )
 
 
 def _pairs(
@@ -176,6 +188,8 @@ def spec_of(selection: Selection, config: DecoderConfig) -> LoraSpec:
   for weight in families.weights(config):
     first = weight.modules[0]
     pairs = [selection.pairs.get(module) for module in weight.modules]
+    if any(pairs) and weight.kind == 'bias':
+      continue  # the pairs are for the kernel beside it
     if any(pairs):
       chosen += _chosen(weight, pairs)
       ranks += _patterns(weight, [p and p[0] for p in pairs], rank)

@@ -31,9 +31,9 @@ class Source(Protocol):
   config: DecoderConfig
 
   def read(
-    self, module: str, dtype: np.dtype | type, index: Index | None = None
+    self, name: str, dtype: np.dtype | type, index: Index | None = None
   ) -> np.ndarray:
-    """Returns the weight of `module`, `[out, in]` for a linear layer.
+    """Returns a tensor by Hugging Face's name, `[out, in]` of a linear layer.
 
     Nothing but what `index` names is kept; None is all of it.
     """
@@ -79,11 +79,11 @@ class StoredLeaf:
       BaseModelError: A value is NaN or infinite.
     """
     index = index or (slice(None),) * len(self.shape)
-    modules = self._weight.modules
+    tensors = self._weight.tensors
     if self.stacked:
-      modules, index = modules[index[0]], index[1:]
-    for module in modules:
-      yield self._read(module, index)
+      tensors, index = tensors[index[0]], index[1:]
+    for name in tensors:
+      yield self._read(name, index)
 
   def read(self, index: Index | None = None) -> np.ndarray:
     """Returns a part of the leaf as one array.
@@ -96,7 +96,7 @@ class StoredLeaf:
     """
     if not self.stacked:
       return next(self.layers(index))
-    wanted = range(len(self._weight.modules))
+    wanted = range(len(self._weight.tensors))
     count = len(wanted[index[0]]) if index else len(wanted)
     leaf = None
     for i, layer in enumerate(self.layers(index)):
@@ -110,14 +110,14 @@ class StoredLeaf:
     del copy
     return self.read().astype(dtype or self.dtype, copy=False)
 
-  def _read(self, module: str, index: Index) -> np.ndarray:
+  def _read(self, name: str, index: Index) -> np.ndarray:
     transposed = self._weight.transposed
     stored = index[::-1] if transposed else index
-    tensor = self._source.read(module, self.dtype, stored)
+    tensor = self._source.read(name, self.dtype, stored)
     bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
     if bad:
       raise BaseModelError(
-        f'{module}.weight holds {bad} values that are NaN or infinite as'
+        f'{name} holds {bad} values that are NaN or infinite as'
         f' {self.dtype}; the file is damaged, or the dtype too narrow'
       )
     return tensor.T if transposed else tensor
@@ -127,12 +127,12 @@ Place = Callable[[str, StoredLeaf], Any]
 
 
 def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
-  """Returns the shape that Hugging Face stores, by module path."""
+  """Returns the shapes that Hugging Face stores, by name."""
   shapes = {}
   for weight in families.weights(config):
     shape = weight.shape[1:] if weight.stacked else weight.shape
     shape = shape[::-1] if weight.transposed else shape
-    shapes.update(dict.fromkeys(weight.modules, shape))
+    shapes.update(dict.fromkeys(weight.tensors, shape))
   return shapes
 
 

@@ -4,6 +4,8 @@ Dimension key: B batch, S queries, T keys, H query heads, K key-value heads,
 G query heads a key-value head, D head_dim.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -12,6 +14,74 @@ from jlora.models.config import DecoderConfig
 from jlora.models.rotary import rotate
 
 Cache = tuple[jax.Array, jax.Array]
+
+
+class Kinds(NamedTuple):
+  """What differs from layer to layer; None where nothing does.
+
+  Attributes:
+    local: bool [layers], or of one layer: which see a window only.
+    rotated: Likewise, which have rotary embeddings.
+  """
+
+  local: jax.Array | None
+  rotated: jax.Array | None
+
+
+class Seen(NamedTuple):
+  """Which keys a query may see, bool [batch, queries, keys].
+
+  Attributes:
+    everywhere: In layers that see the whole sequence; None where none does.
+    nearby: In those that see a window only; None where none does.
+  """
+
+  everywhere: jax.Array | None
+  nearby: jax.Array | None
+
+  def of(self, local: jax.Array | None) -> jax.Array:
+    """Returns the mask of one layer.
+
+    Args:
+      local: From `Kinds`, of the layer.
+    """
+    if local is None:
+      return self.nearby if self.everywhere is None else self.everywhere
+    return jnp.where(local, self.nearby, self.everywhere)
+
+
+def kinds_of(config: DecoderConfig) -> Kinds:
+  """Returns what differs between the layers of a decoder."""
+
+  def mixed(chosen: tuple[int, ...], value: bool) -> jax.Array | None:
+    if len(set(chosen)) in (0, config.layers):
+      return None
+    flags = jnp.full(config.layers, not value)
+    return flags.at[jnp.array(chosen)].set(value)
+
+  return Kinds(
+    mixed(config.local_layers, True), mixed(config.unrotated_layers, False)
+  )
+
+
+def masks_of(
+  config: DecoderConfig, mask: jax.Array, start: jax.Array | int = 0
+) -> Seen:
+  """Returns the masks of all kinds of layers.
+
+  Args:
+    config: The decoder's.
+    mask: bool [batch, queries, keys], of a layer that sees everything.
+    start: int scalar; the place of the first query among the keys.
+  """
+  if not config.local_layers:
+    return Seen(mask, None)
+  queries, keys = mask.shape[1:]
+  places = start + jnp.arange(queries)
+  distance = places[:, None] - jnp.arange(keys)[None]
+  nearby = mask & (distance < config.sliding_window)[None]
+  every = len(set(config.local_layers)) == config.layers
+  return Seen(None if every else mask, nearby)
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
@@ -85,7 +155,8 @@ class Attention(nn.Module):
     self,
     x: jax.Array,
     rotary: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
+    seen: Seen,
+    kinds: Kinds,
     cache: Cache | None,
     index: jax.Array | None,
   ) -> tuple[jax.Array, Cache | None]:
@@ -94,7 +165,8 @@ class Attention(nn.Module):
     Args:
       x: [batch, length, embed_dim].
       rotary: From `rotary.angles`.
-      mask: bool [batch, length, keys].
+      seen: From `masks_of`.
+      kinds: Of this layer.
       cache: Keys and values [batch, slots, kv_heads, head_dim], or None.
       index: The slot at which this call's first key goes.
 
@@ -103,20 +175,40 @@ class Attention(nn.Module):
     """
     c = self.config
 
-    def project(name: str, heads: int) -> jax.Array:
-      y = nn.Dense(
-        heads * c.head_dim, use_bias=False, dtype=self.dtype, name=name
-      )(x)
-      return y.reshape(*x.shape[:2], heads, c.head_dim)
+    def dense(name: str, width: int) -> nn.Dense:
+      bias = name in c.biases
+      return nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
 
-    q = rotate(project('q_proj', c.heads), *rotary)
-    k = rotate(project('k_proj', c.kv_heads), *rotary)
-    v = project('v_proj', c.kv_heads)
+    def project(name: str, heads: int) -> jax.Array:
+      y = dense(f'{name}_proj', heads * c.head_dim)(x)
+      y = y.reshape(*x.shape[:2], heads, c.head_dim)
+      if not c.qk_norm or name == 'v':
+        return y
+      norm = nn.RMSNorm(
+        epsilon=c.norm_eps, dtype=self.dtype, name=f'{name}_norm'
+      )
+      return norm(y)
+
+    q, k, v = (
+      project('q', c.heads),
+      project('k', c.kv_heads),
+      project('v', c.kv_heads),
+    )
+    if len(set(c.unrotated_layers)) < c.layers:
+      angles = _angles_of(rotary, kinds.rotated)
+      q, k = rotate(q, *angles), rotate(k, *angles)
     if cache is not None:
       cache = extend(cache, k, v, index)
       k, v = (part.astype(self.dtype) for part in cache)
-    out = attend(q, k, v, mask)
-    out = nn.Dense(
-      c.embed_dim, use_bias=False, dtype=self.dtype, name='o_proj'
-    )(out)
-    return out, cache
+    out = attend(q, k, v, seen.of(kinds.local))
+    return dense('o_proj', c.embed_dim)(out), cache
+
+
+def _angles_of(
+  rotary: tuple[jax.Array, jax.Array], rotated: jax.Array | None
+) -> tuple[jax.Array, jax.Array]:
+  """Returns the cosines and sines of a layer: one and zero if not rotated."""
+  if rotated is None:
+    return rotary
+  cos, sin = rotary
+  return jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0)

@@ -2,31 +2,15 @@
 
 import dataclasses
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RopeScaling:
-  """Llama 3's stretch of the rotary wavelengths, for contexts beyond training.
-
-  Wavelengths above `original_max_positions / low_freq_factor` are multiplied by
-  `factor`, those below `original_max_positions / high_freq_factor` are kept,
-  and the ones between are interpolated.
-
-  References:
-    Llama Team, `The Llama 3 Herd of Models <https://arxiv.org/abs/2407.21783>`_,
-    section 3.2; the rule is that of `rope_type: llama3` in transformers.
-  """
-
-  factor: float
-  low_freq_factor: float = 1.0
-  high_freq_factor: float = 4.0
-  original_max_positions: int = 8192
+from jlora.models.rope_scaling import RopeScaling
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DecoderConfig:
-  """Sizes of a Llama-family decoder.
+  """Sizes of a decoder, and what it does differently from Llama's.
 
   Attributes:
+    family: Name in `jlora.models.families.FAMILIES`.
     vocab_size: Rows of the embedding.
     embed_dim: Width of the residual stream.
     mlp_dim: Width inside the feed-forward block.
@@ -39,8 +23,14 @@ class DecoderConfig:
     rope_scaling: None for plain rotary embeddings.
     norm_eps: Added to the mean square in RMSNorm.
     tie_embeddings: Whether the output head is the embedding, transposed.
+    biases: Linear layers that add a bias, such as 'q_proj'.
+    qk_norm: Whether each head's queries and keys are normalized.
+    sliding_window: How many tokens a local layer sees, its own among them.
+    local_layers: Layers that see a window only.
+    unrotated_layers: Layers without rotary embeddings.
   """
 
+  family: str = 'llama'
   vocab_size: int
   embed_dim: int
   mlp_dim: int
@@ -53,3 +43,8 @@ class DecoderConfig:
   rope_scaling: RopeScaling | None = None
   norm_eps: float = 1e-5
   tie_embeddings: bool = True
+  biases: tuple[str, ...] = ()
+  qk_norm: bool = False
+  sliding_window: int | None = None
+  local_layers: tuple[int, ...] = ()
+  unrotated_layers: tuple[int, ...] = ()

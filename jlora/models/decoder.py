@@ -1,4 +1,4 @@
-"""A Llama-family decoder in plain Linen.
+"""A decoder in plain Linen, Llama's and others' by its config.
 
 The tree of parameters, with the layers stacked along the first axis:
 
@@ -6,11 +6,14 @@ The tree of parameters, with the layers stacked along the first axis:
   layers/attention_norm/scale          [layers, embed]
   layers/attention/{q,k,v}_proj/kernel [layers, embed, heads * head_dim]
   layers/attention/o_proj/kernel       [layers, heads * head_dim, embed]
+  layers/attention/{q,k}_norm/scale    [layers, head_dim], with qk_norm
   layers/mlp_norm/scale                [layers, embed]
   layers/mlp/{gate,up}_proj/kernel     [layers, embed, mlp]
   layers/mlp/down_proj/kernel          [layers, mlp, embed]
   final_norm/scale                     [embed]
   lm_head/kernel                       [embed, vocab], unless tied
+
+A linear layer that adds a bias has it beside its kernel, [layers, out].
 """
 
 from typing import Any
@@ -20,7 +23,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.models import rotary
-from jlora.models.attention import Attention, Cache, causal_mask
+from jlora.models.attention import (
+  Attention,
+  Cache,
+  Kinds,
+  Seen,
+  causal_mask,
+  kinds_of,
+  masks_of,
+)
 from jlora.models.config import DecoderConfig
 
 # What a rematerialized layer keeps for its backward pass beside its input.
@@ -41,7 +52,8 @@ class Mlp(nn.Module):
     """Maps [batch, length, embed_dim] to the same shape."""
 
     def dense(width: int, name: str) -> nn.Dense:
-      return nn.Dense(width, use_bias=False, dtype=self.dtype, name=name)
+      bias = name in self.config.biases
+      return nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
 
     gate = dense(self.config.mlp_dim, 'gate_proj')(x)
     up = dense(self.config.mlp_dim, 'up_proj')(x)
@@ -60,8 +72,9 @@ class Layer(nn.Module):
     self,
     h: jax.Array,
     angles: tuple[jax.Array, jax.Array],
-    mask: jax.Array,
+    seen: Seen,
     index: jax.Array | None,
+    kinds: Kinds,
     cache: Cache | None,
   ) -> tuple[jax.Array, Cache | None]:
     """Maps the residual stream [batch, length, embed_dim] to the next one."""
@@ -71,7 +84,7 @@ class Layer(nn.Module):
       return nn.RMSNorm(epsilon=eps, dtype=self.dtype, name=name)
 
     out, cache = Attention(self.config, self.dtype, name='attention')(
-      norm('attention_norm')(h), angles, mask, cache, index
+      norm('attention_norm')(h), angles, seen, kinds, cache, index
     )
     h = h + out
     h = h + Mlp(self.config, self.dtype, name='mlp')(norm('mlp_norm')(h))
@@ -105,7 +118,7 @@ class Decoder(nn.Module):
       layer,
       variable_axes={'params': 0},
       split_rngs={'params': True},
-      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0),
+      in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
       length=c.layers,
       unroll=self.unroll,
     )(c, self.dtype)
@@ -144,8 +157,9 @@ class Decoder(nn.Module):
     if segment_ids is None:
       segment_ids = jnp.zeros_like(tokens)
     angles = rotary.angles(positions, self.config)
-    mask = causal_mask(segment_ids)
-    h, _ = self.layers(self.embed(tokens), angles, mask, None, None)
+    seen = masks_of(self.config, causal_mask(segment_ids))
+    kinds = kinds_of(self.config)
+    h, _ = self.layers(self.embed(tokens), angles, seen, None, kinds, None)
     return self.final_norm(h)
 
   def logits(self, h: jax.Array) -> jax.Array:
@@ -176,7 +190,10 @@ class Decoder(nn.Module):
       The last token's logits [batch, vocab] and the longer cache.
     """
     angles = rotary.angles(positions, self.config)
-    h, cache = self.layers(self.embed(tokens), angles, mask, index, cache)
+    seen, kinds = masks_of(self.config, mask, index), kinds_of(self.config)
+    h, cache = self.layers(
+      self.embed(tokens), angles, seen, index, kinds, cache
+    )
     return self.logits(self.final_norm(h[:, -1])), cache
 
 

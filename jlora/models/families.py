@@ -1,15 +1,112 @@
-"""The one home of parameter names: Hugging Face's, ours, and what they mean."""
+"""The one home of families: their names, sharding rules and presets."""
 
 import dataclasses
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 
-from jlora.errors import BaseModelError, ConfigError
-from jlora.models.config import DecoderConfig, RopeScaling
+from jlora.errors import ConfigError
+from jlora.models.config import DecoderConfig
+
+_QKV = ('q_proj', 'k_proj', 'v_proj')
+_MLP = ('gate_proj', 'up_proj', 'down_proj')
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Family:
+  """What the models of one `model_type` have in common.
+
+  Attributes:
+    architecture: Class in transformers.
+    defaults: Of fields that config.json may lack, as in transformers.
+    needs: Fields of config.json whose other values would need other
+      arithmetic, with the values that are computed.
+    biases: Linear layers that add a bias.
+    bias_fields: Fields of config.json that say whether others do.
+    qk_norm: Whether each head's queries and keys are normalized.
+    window: Which layers see a window of `sliding_window` tokens: 'all', or
+      those of `layer_types` where `use_sliding_window` is 'switched' on. None
+      for models that know no window.
+    skips_rope: Whether there are layers without rotary embeddings. They are
+      those that see a window, where config.json has no `layer_types`.
+  """
+
+  architecture: str
+  defaults: Mapping[str, Any]
+  needs: Mapping[str, tuple[Any, ...]]
+  biases: tuple[str, ...] = ()
+  bias_fields: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=dict
+  )
+  qk_norm: bool = False
+  window: str | None = None
+  skips_rope: bool = False
+
+
+_SILU = {'hidden_act': ('silu',)}
+_NO_BIAS = {'attention_bias': (False, None), 'mlp_bias': (False, None)}
+
+FAMILIES = {
+  'llama': Family(
+    architecture='LlamaForCausalLM',
+    defaults={},
+    needs={**_SILU, 'sliding_window': (None,)},
+    bias_fields={'attention_bias': (*_QKV, 'o_proj'), 'mlp_bias': _MLP},
+  ),
+  'mistral': Family(
+    architecture='MistralForCausalLM',
+    defaults={
+      'max_position_embeddings': 131072,
+      'num_key_value_heads': 8,
+      'sliding_window': 4096,
+    },
+    needs={**_SILU, **_NO_BIAS},
+    window='all',
+  ),
+  'qwen2': Family(
+    architecture='Qwen2ForCausalLM',
+    defaults={
+      'max_position_embeddings': 32768,
+      'max_window_layers': 28,
+      'num_key_value_heads': 32,
+      'sliding_window': 4096,
+    },
+    needs={**_SILU, 'mlp_bias': (False, None)},
+    biases=_QKV,
+    window='switched',
+  ),
+  'qwen3': Family(
+    architecture='Qwen3ForCausalLM',
+    defaults={
+      'head_dim': 128,
+      'max_position_embeddings': 32768,
+      'max_window_layers': 28,
+      'num_key_value_heads': 32,
+      'sliding_window': 4096,
+    },
+    needs={**_SILU, 'mlp_bias': (False, None)},
+    bias_fields={'attention_bias': (*_QKV, 'o_proj')},
+    qk_norm=True,
+    window='switched',
+  ),
+  'smollm3': Family(
+    architecture='SmolLM3ForCausalLM',
+    defaults={
+      'max_position_embeddings': 32768,
+      'no_rope_layer_interval': 4,
+      'num_key_value_heads': 4,
+      'rope_theta': 2e6,
+      'tie_word_embeddings': True,
+    },
+    needs=_SILU,
+    bias_fields={'attention_bias': (*_QKV, 'o_proj'), 'mlp_bias': _MLP},
+    window='switched',
+    skips_rope=True,
+  ),
+}
 
 # Path -> HF name, {} for the layer. HF stores kernels as [out, in].
 _NAMES = {
@@ -19,6 +116,8 @@ _NAMES = {
   'layers/attention/k_proj/kernel': 'model.layers.{}.self_attn.k_proj',
   'layers/attention/v_proj/kernel': 'model.layers.{}.self_attn.v_proj',
   'layers/attention/o_proj/kernel': 'model.layers.{}.self_attn.o_proj',
+  'layers/attention/q_norm/scale': 'model.layers.{}.self_attn.q_norm',
+  'layers/attention/k_norm/scale': 'model.layers.{}.self_attn.k_norm',
   'layers/mlp_norm/scale': 'model.layers.{}.post_attention_layernorm',
   'layers/mlp/gate_proj/kernel': 'model.layers.{}.mlp.gate_proj',
   'layers/mlp/up_proj/kernel': 'model.layers.{}.mlp.up_proj',
@@ -45,6 +144,7 @@ SHARDING = (
   (r'embed/embedding', (('tensor', 'fsdp'), None)),
   (r'layers/attention/[qkv]_proj/kernel', (None, 'fsdp', 'tensor')),
   (r'layers/attention/o_proj/kernel', (None, ('tensor', 'fsdp'), ())),
+  (r'layers/.*/([qkv]|gate|up)_proj/bias', (None, 'tensor')),
   (r'layers/mlp/(gate|up)_proj/kernel', (None, 'fsdp', 'tensor')),
   (r'layers/mlp/down_proj/kernel', (None, ('tensor', 'fsdp'), ())),
   (r'lm_head/kernel', (None, ('tensor', 'fsdp'))),
@@ -65,11 +165,11 @@ class Weight:
 
   Attributes:
     path: The leaf's path, joined with `/`.
-    modules: HF module paths, whose tensor is `<module>.weight`: one a layer
-      for a stacked leaf, else one.
+    modules: HF module paths: one a layer for a stacked leaf, else one.
     stacked: Whether the leaf has a leading axis over `modules`.
     transposed: Whether HF stores `[out, in]` where the leaf is `[in, out]`.
     shape: The leaf's shape, the stacked axis included.
+    kind: Name of the tensor in its module: 'weight' or 'bias'.
   """
 
   path: str
@@ -77,22 +177,28 @@ class Weight:
   stacked: bool
   transposed: bool
   shape: tuple[int, ...]
+  kind: str = 'weight'
+
+  @property
+  def tensors(self) -> tuple[str, ...]:
+    """Names of the tensors, such as `model.norm.weight`."""
+    return tuple(f'{module}.{self.kind}' for module in self.modules)
 
 
 def weights(config: DecoderConfig) -> Iterator[Weight]:
   """Yields every leaf of a decoder with its Hugging Face names."""
-  known = _shapes(config)
-  for path, module in _NAMES.items():
-    if path == 'lm_head/kernel' and config.tie_embeddings:
-      continue
+  for path, shape in _shapes(config).items():
+    parent, kind = path.rsplit('/', 1)
+    module = _NAMES.get(path) or _NAMES[f'{parent}/kernel']
     stacked = '{}' in module
     count = config.layers if stacked else 1
     yield Weight(
       path=path,
       modules=tuple(module.format(i) for i in range(count)),
       stacked=stacked,
-      transposed=path.endswith('/kernel'),
-      shape=known[path],
+      transposed=kind == 'kernel',
+      shape=shape,
+      kind='bias' if kind == 'bias' else 'weight',
     )
 
 
@@ -108,20 +214,32 @@ def shapes(
 
 def _shapes(c: DecoderConfig) -> dict[str, tuple[int, ...]]:
   wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
-  return {
-    'embed/embedding': (c.vocab_size, c.embed_dim),
-    'layers/attention_norm/scale': (c.layers, c.embed_dim),
-    'layers/attention/q_proj/kernel': (c.layers, c.embed_dim, wide),
-    'layers/attention/k_proj/kernel': (c.layers, c.embed_dim, narrow),
-    'layers/attention/v_proj/kernel': (c.layers, c.embed_dim, narrow),
-    'layers/attention/o_proj/kernel': (c.layers, wide, c.embed_dim),
-    'layers/mlp_norm/scale': (c.layers, c.embed_dim),
-    'layers/mlp/gate_proj/kernel': (c.layers, c.embed_dim, c.mlp_dim),
-    'layers/mlp/up_proj/kernel': (c.layers, c.embed_dim, c.mlp_dim),
-    'layers/mlp/down_proj/kernel': (c.layers, c.mlp_dim, c.embed_dim),
-    'final_norm/scale': (c.embed_dim,),
-    'lm_head/kernel': (c.embed_dim, c.vocab_size),
+  kernels = {
+    'attention/q_proj': (c.embed_dim, wide),
+    'attention/k_proj': (c.embed_dim, narrow),
+    'attention/v_proj': (c.embed_dim, narrow),
+    'attention/o_proj': (wide, c.embed_dim),
+    'mlp/gate_proj': (c.embed_dim, c.mlp_dim),
+    'mlp/up_proj': (c.embed_dim, c.mlp_dim),
+    'mlp/down_proj': (c.mlp_dim, c.embed_dim),
   }
+  layer = {
+    'attention_norm/scale': (c.embed_dim,),
+    'mlp_norm/scale': (c.embed_dim,),
+  }
+  for name, shape in kernels.items():
+    layer[f'{name}/kernel'] = shape
+    if name.split('/')[1] in c.biases:
+      layer[f'{name}/bias'] = shape[1:]
+  if c.qk_norm:
+    layer['attention/q_norm/scale'] = (c.head_dim,)
+    layer['attention/k_norm/scale'] = (c.head_dim,)
+  found = {'embed/embedding': (c.vocab_size, c.embed_dim)}
+  found |= {f'layers/{path}': (c.layers, *s) for path, s in layer.items()}
+  found['final_norm/scale'] = (c.embed_dim,)
+  if not c.tie_embeddings:
+    found['lm_head/kernel'] = (c.embed_dim, c.vocab_size)
+  return found
 
 
 def head_path(config: DecoderConfig) -> str:
@@ -144,7 +262,7 @@ def resolve(spec: Spec, config: DecoderConfig) -> Spec:
   Raises:
     ConfigError: A word is neither a preset nor a pattern over paths.
   """
-  del config  # one family so far: every decoder has these leaves
+  del config  # the leaves of all families have the same names
   targets = spec.targets
   if targets != 'all-linear':
     words = (targets,) if isinstance(targets, str) else targets
@@ -167,111 +285,3 @@ def _patterns(word: str) -> tuple[str, ...]:
       f" paths, would match nothing; try '.*/{word}/kernel'"
     )
   return (word,)
-
-
-# Fields of config.json whose other values would need other arithmetic.
-_REQUIRED = {
-  'hidden_act': ('silu',),
-  'attention_bias': (False, None),
-  'mlp_bias': (False, None),
-  'sliding_window': (None,),
-}
-
-
-def from_hf_config(fields: dict[str, Any]) -> DecoderConfig:
-  """Reads the sizes of a model from its config.json.
-
-  Args:
-    fields: The parsed file, of `model_type` llama.
-
-  Returns:
-    The decoder's config.
-
-  Raises:
-    BaseModelError: The model is of another family, or uses a feature that
-      this decoder does not compute; the field is named.
-  """
-  kind = fields.get('model_type')
-  if kind != 'llama':
-    raise BaseModelError(
-      f'model_type {kind!r} is not supported; this version trains llama models'
-    )
-  for field, allowed in _REQUIRED.items():
-    if field in fields and fields[field] not in allowed:
-      raise BaseModelError(
-        f'config.json has {field}={fields[field]!r}, which this decoder does'
-        f' not compute; it needs {allowed[0]!r}'
-      )
-  try:
-    return _read_llama(fields)
-  except KeyError as error:
-    raise BaseModelError(
-      f'config.json has no field {error.args[0]!r}, which a llama model needs'
-    ) from error
-
-
-def _read_llama(fields: dict[str, Any]) -> DecoderConfig:
-  heads = fields['num_attention_heads']
-  rope = fields.get('rope_parameters') or fields.get('rope_scaling') or {}
-  theta = rope.get('rope_theta', fields.get('rope_theta', 10000.0))
-  return DecoderConfig(
-    vocab_size=fields['vocab_size'],
-    embed_dim=fields['hidden_size'],
-    mlp_dim=fields['intermediate_size'],
-    layers=fields['num_hidden_layers'],
-    heads=heads,
-    kv_heads=fields.get('num_key_value_heads') or heads,
-    head_dim=fields.get('head_dim') or fields['hidden_size'] // heads,
-    max_positions=fields.get('max_position_embeddings', 2048),
-    rope_theta=float(theta),
-    rope_scaling=_read_scaling(rope),
-    norm_eps=fields.get('rms_norm_eps', 1e-6),
-    tie_embeddings=bool(fields.get('tie_word_embeddings', False)),
-  )
-
-
-def _read_scaling(rope: dict[str, Any]) -> RopeScaling | None:
-  kind = rope.get('rope_type', rope.get('type', 'default'))
-  if kind == 'default':
-    return None
-  if kind != 'llama3':
-    raise BaseModelError(
-      f"rope_type {kind!r} is not supported; use 'default' or 'llama3'"
-    )
-  return RopeScaling(
-    factor=rope['factor'],
-    low_freq_factor=rope['low_freq_factor'],
-    high_freq_factor=rope['high_freq_factor'],
-    original_max_positions=rope['original_max_position_embeddings'],
-  )
-
-
-def to_hf_config(config: DecoderConfig) -> dict[str, Any]:
-  """Returns the fields of a config.json that `transformers` loads."""
-  rope = {'rope_type': 'default', 'rope_theta': config.rope_theta}
-  if (scaling := config.rope_scaling) is not None:
-    rope |= {
-      'rope_type': 'llama3',
-      'factor': scaling.factor,
-      'low_freq_factor': scaling.low_freq_factor,
-      'high_freq_factor': scaling.high_freq_factor,
-      'original_max_position_embeddings': scaling.original_max_positions,
-    }
-  return {
-    'architectures': ['LlamaForCausalLM'],
-    'attention_bias': False,
-    'head_dim': config.head_dim,
-    'hidden_act': 'silu',
-    'hidden_size': config.embed_dim,
-    'intermediate_size': config.mlp_dim,
-    'max_position_embeddings': config.max_positions,
-    'mlp_bias': False,
-    'model_type': 'llama',
-    'num_attention_heads': config.heads,
-    'num_hidden_layers': config.layers,
-    'num_key_value_heads': config.kv_heads,
-    'rms_norm_eps': config.norm_eps,
-    'rope_parameters': rope,
-    'tie_word_embeddings': config.tie_embeddings,
-    'vocab_size': config.vocab_size,
-  }

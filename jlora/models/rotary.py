@@ -1,19 +1,19 @@
 """Rotary position embeddings in the rotate-half layout of Hugging Face."""
 
-import math
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jlora.models.config import DecoderConfig, RopeScaling
+from jlora.models.config import DecoderConfig
+from jlora.models.rope_scaling import DynamicScaling, YarnScaling
 
 
 def frequencies(config: DecoderConfig) -> np.ndarray:
   """Returns the angle a position adds to each pair of features.
 
   Args:
-    config: Gives `head_dim`, `rope_theta` and `rope_scaling`.
+    config: Gives `head_dim`, `rope_theta` and `rope_scaling`, which must not
+      depend on the sequence.
 
   Returns:
     float32 [head_dim / 2], in radians a position.
@@ -21,24 +21,18 @@ def frequencies(config: DecoderConfig) -> np.ndarray:
   References:
     Su et al., `RoFormer <https://arxiv.org/abs/2104.09864>`_, equation 15.
   """
-  exponents = np.arange(0, config.head_dim, 2, dtype=np.float32)
-  exponents = exponents / np.float32(config.head_dim)
   # Rounded where torch rounds, so that no bit differs from transformers'.
-  powers = config.rope_theta ** exponents.astype(np.float64)
+  powers = config.rope_theta ** _exponents(config).astype(np.float64)
   plain = np.float32(1) / powers.astype(np.float32)
   if config.rope_scaling is None:
     return plain
-  return _stretch(plain, config.rope_scaling)
+  return config.rope_scaling.stretch(plain, config.rope_theta)
 
 
-def _stretch(plain: np.ndarray, scaling: RopeScaling) -> np.ndarray:
-  """Lowers the slow frequencies by `factor`, interpolating in between."""
-  wavelengths = 2 * math.pi / plain
-  low, high = scaling.low_freq_factor, scaling.high_freq_factor
-  kept = (scaling.original_max_positions / wavelengths - low) / (high - low)
-  kept = np.clip(kept, 0.0, 1.0)
-  stretched = (1 - kept) * plain / scaling.factor + kept * plain
-  return stretched.astype(np.float32)
+def _exponents(config: DecoderConfig) -> np.ndarray:
+  """Returns the powers of `rope_theta` in the wavelengths."""
+  exponents = np.arange(0, config.head_dim, 2, dtype=np.float32)
+  return exponents / np.float32(config.head_dim)
 
 
 def angles(
@@ -54,10 +48,18 @@ def angles(
     Two float32 arrays [batch, length, 1, head_dim / 2]; the third axis is for
     the heads.
   """
-  turns = (
-    positions[..., None].astype(jnp.float32) * frequencies(config)[None, None]
-  )
-  return jnp.cos(turns)[:, :, None], jnp.sin(turns)[:, :, None]
+  scaling = config.rope_scaling
+  if isinstance(scaling, DynamicScaling):
+    speeds = scaling.frequencies(
+      _exponents(config), config.rope_theta, positions
+    )
+  else:
+    speeds = frequencies(config)
+  turns = positions[..., None].astype(jnp.float32) * speeds[None, None]
+  cos, sin = jnp.cos(turns)[:, :, None], jnp.sin(turns)[:, :, None]
+  if isinstance(scaling, YarnScaling):
+    cos, sin = cos * scaling.amplitude, sin * scaling.amplitude
+  return cos, sin
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:

@@ -8,8 +8,8 @@ from jlora.checkpoints.downloads import fetch_hub
 from jlora.checkpoints.shards import load_json
 from jlora.checkpoints.weights import check_sizes
 from jlora.errors import BaseModelError
-from jlora.models import families
 from jlora.models.config import DecoderConfig
+from jlora.models.hf_config import read_config
 
 _MOST = 1 << 20  # layers, where no file of tensors limits them
 
@@ -42,4 +42,4 @@ def _from_file(path: pathlib.Path) -> DecoderConfig:
     )
   fields: dict[str, Any] = load_json(path)
   check_sizes(path, fields, _MOST)
-  return families.from_hf_config(fields)
+  return read_config(fields)

@@ -194,8 +194,8 @@ class Adapted:
       assert (copy / path.name).read_bytes() == path.read_bytes()
 
 
-def _make_adapted(tied=True, *, seed=0, **fields):
-  config = DecoderConfig(
+def _make_adapted(tied=True, *, seed=0, config=None, **fields):
+  config = config or DecoderConfig(
     vocab_size=48,
     embed_dim=16,
     mlp_dim=24,

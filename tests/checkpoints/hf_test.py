@@ -230,6 +230,7 @@ def test_the_place_of_a_leaf_is_what_stays_in_the_tree(folder, tiny_config):
 
 def test_stored_shapes_are_those_of_transformers(tiny_config):
   state = make_llama(head_dim=16, tie_word_embeddings=True).state_dict()
-  shapes = {f'{k}.weight': v for k, v in stored_shapes(tiny_config).items()}
   state.pop('lm_head.weight')  # the embedding under its second name
-  assert {k: tuple(v.shape) for k, v in state.items()} == shapes
+  assert {k: tuple(v.shape) for k, v in state.items()} == stored_shapes(
+    tiny_config
+  )

@@ -8,8 +8,8 @@ from jlora.checkpoints.llama_cpp import GgufModel, rotary_rows
 from jlora.checkpoints.weights import load_params
 from jlora.errors import BaseModelError
 from jlora.models import rotary
-from jlora.models.config import RopeScaling
 from jlora.models.decoder import Decoder
+from jlora.models.rope_scaling import Llama3Scaling
 
 
 @pytest.mark.parametrize('kind', ['F32', 'Q8_0'])
@@ -52,7 +52,7 @@ def test_rows_of_a_rotary_pair_come_apart():
 def test_the_stretch_of_llama_3_is_recognized(
   write_gguf, tmp_path, tiny_config
 ):
-  scaling = RopeScaling(factor=8.0)
+  scaling = Llama3Scaling(factor=8.0)
   scaled = dataclasses.replace(tiny_config, rope_scaling=scaling)
   factors = rotary.frequencies(tiny_config) / rotary.frequencies(scaled)
   path = tmp_path / 'x.gguf'
@@ -92,9 +92,9 @@ def test_another_architecture_is_refused(write_gguf, tmp_path):
   path = write_gguf(tmp_path / 'x.gguf')
   data = path.read_bytes()
   path.write_bytes(
-    data.replace(b'\x05\0\0\0\0\0\0\0llama', b'\x05\0\0\0\0\0\0\0qwen2', 1)
+    data.replace(b'\x05\0\0\0\0\0\0\0llama', b'\x05\0\0\0\0\0\0\0gemma', 1)
   )
-  with pytest.raises(BaseModelError, match="'qwen2'"):
+  with pytest.raises(BaseModelError, match="'gemma'"):
     GgufModel(path)
 
 

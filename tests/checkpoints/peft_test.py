@@ -16,6 +16,7 @@ from jlora.core import tree
 from jlora.errors import AdapterError
 from jlora.models import families
 from jlora.models.decoder import Decoder
+from jlora.models.hf_config import write_config
 
 # transformers warns of its own deprecated names when PEFT asks for them.
 pytestmark = pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning')
@@ -44,7 +45,7 @@ def make_torch_model(config, params):
   """Returns the model in transformers with the same weights."""
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
-  fields = families.to_hf_config(config)
+  fields = write_config(config)
   model = transformers.LlamaForCausalLM(
     transformers.LlamaConfig.from_dict(fields)
   )

@@ -13,6 +13,7 @@ from jlora.inference import sampler
 from jlora.inference.sampler import generate, stream, text_pieces
 from jlora.inference.sampling import Sampling
 from jlora.models import families
+from jlora.models.hf_config import write_config
 
 GREEDY = Sampling(max_new_tokens=8)
 SAMPLED = Sampling(max_new_tokens=8, temperature=1.0, seed=3)
@@ -51,7 +52,7 @@ def test_greedy_tokens_are_those_of_transformers(config, params, prompts, run):
   torch = pytest.importorskip('torch')
   transformers = pytest.importorskip('transformers')
   oracle = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(**families.to_hf_config(config))
+    transformers.LlamaConfig(**write_config(config))
   )
   state = {}
   for weight in families.weights(config):

@@ -6,81 +6,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.core.tree import leaves_by_path, nest
+from jlora.core.tree import leaves_by_path
 from jlora.models import families
-from jlora.models.config import DecoderConfig, RopeScaling
 from jlora.models.decoder import Decoder, make_cache
+from jlora.models.rope_scaling import Llama3Scaling
+from tests.decoders import CONFIG
+from tests.decoders import random_params as make_params
 
-CONFIG = DecoderConfig(
-  vocab_size=96,
-  embed_dim=32,
-  mlp_dim=48,
-  layers=3,
-  heads=4,
-  kv_heads=2,
-  head_dim=12,  # not embed_dim / heads
-)
-SCALING = RopeScaling(factor=8.0, original_max_positions=32)
-
-
-def make_params(config, seed=0):
-  rng = np.random.default_rng(seed)
-  return nest(
-    {
-      weight.path: rng.normal(
-        float(weight.path.endswith('scale')), 0.2, weight.shape
-      ).astype('f4')
-      for weight in families.weights(config)
-    }
-  )
+SCALING = Llama3Scaling(factor=8.0, original_max_positions=32)
 
 
 def make_tokens(batch, length, seed=0):
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.integers(0, CONFIG.vocab_size, (batch, length)))
-
-
-def make_oracle(config, params):
-  """The same model in transformers, its state set by name."""
-  torch = pytest.importorskip('torch')
-  from transformers import LlamaConfig, LlamaForCausalLM
-
-  oracle = LlamaForCausalLM(LlamaConfig(**families.to_hf_config(config)))
-  leaves, state = leaves_by_path(params), {}
-  for weight in families.weights(config):
-    for i, module in enumerate(weight.modules):
-      leaf = leaves[weight.path]
-      leaf = leaf[i] if weight.stacked else leaf
-      leaf = leaf.T if weight.transposed else leaf
-      state[f'{module}.weight'] = torch.tensor(np.ascontiguousarray(leaf))
-  if config.tie_embeddings:
-    state['lm_head.weight'] = state['model.embed_tokens.weight']
-  oracle.load_state_dict(state, strict=True)
-  return oracle.eval()
-
-
-@pytest.mark.parametrize(
-  'fields',
-  [
-    {},
-    {'tie_embeddings': False},
-    {'kv_heads': 4},
-    {'kv_heads': 1},
-    {'rope_scaling': SCALING, 'rope_theta': 500.0},
-  ],
-)
-def test_logits_equal_those_of_transformers(fields):
-  import torch
-
-  config = dataclasses.replace(CONFIG, **fields)
-  params, tokens = make_params(config), make_tokens(2, 50)
-  oracle = make_oracle(config, params)
-  with torch.no_grad():
-    expected = oracle(torch.tensor(np.array(tokens))).logits.numpy()
-  apply = jax.jit(Decoder(config).apply)
-  found = apply({'params': params}, tokens)
-  # Logits are of order 1; a float32 sum over 3 layers keeps 5 digits.
-  np.testing.assert_allclose(found, expected, atol=3e-5)
 
 
 def test_initialized_params_have_the_documented_tree():

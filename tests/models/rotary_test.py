@@ -4,8 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.models import families, rotary
-from jlora.models.config import DecoderConfig, RopeScaling
+from jlora.models import rotary
+from jlora.models.config import DecoderConfig
+from jlora.models.hf_config import write_config
+from jlora.models.rope_scaling import (
+  LinearScaling,
+  Llama3Scaling,
+  YarnScaling,
+)
 
 CONFIG = DecoderConfig(
   vocab_size=96,
@@ -23,7 +29,7 @@ def torch_frequencies(config):
   from transformers import LlamaConfig
   from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-  fields = families.to_hf_config(config)
+  fields = write_config(config)
   return LlamaRotaryEmbedding(LlamaConfig(**fields)).inv_freq.numpy()
 
 
@@ -36,9 +42,19 @@ def test_frequencies_have_the_bits_of_transformers(theta, head_dim):
   assert found.dtype == np.float32
 
 
-@pytest.mark.parametrize('factor', [8.0, 32.0])
-def test_stretched_frequencies_equal_those_of_transformers(factor):
-  scaling = RopeScaling(factor=factor)
+SCALINGS = (
+  LinearScaling(factor=4.0),
+  Llama3Scaling(factor=8.0),
+  Llama3Scaling(factor=32.0),
+  YarnScaling(factor=4.0, original_max_positions=2048),
+  YarnScaling(
+    factor=16.0, original_max_positions=64, beta_fast=16, truncate=False
+  ),
+)
+
+
+@pytest.mark.parametrize('scaling', SCALINGS)
+def test_stretched_frequencies_equal_those_of_transformers(scaling):
   config = dataclasses.replace(CONFIG, rope_theta=5e5, rope_scaling=scaling)
   found = rotary.frequencies(config)
   np.testing.assert_allclose(found, torch_frequencies(config), rtol=3e-7)

@@ -7,7 +7,8 @@ import pytest
 
 from jlora.checkpoints.bases import open_base
 from jlora.errors import BaseModelError
-from jlora.models.families import to_hf_config, weights
+from jlora.models.families import weights
+from jlora.models.hf_config import write_config
 from jlora.planning.sizes import read_sizes
 
 BASES = pathlib.Path(__file__).parents[2] / 'tpu' / 'bases'
@@ -15,7 +16,7 @@ BASES = pathlib.Path(__file__).parents[2] / 'tpu' / 'bases'
 
 def test_a_config_alone_is_enough(tmp_path, small):
   path = tmp_path / 'config.json'
-  path.write_text(json.dumps(to_hf_config(small)))
+  path.write_text(json.dumps(write_config(small)))
   assert read_sizes(str(path)) == read_sizes(str(tmp_path)) == small
 
 
@@ -49,7 +50,7 @@ def test_the_bases_of_the_plans_have_their_published_size(name, parameters):
 )
 def test_what_is_no_llama_is_refused(tmp_path, small, field, value):
   path = tmp_path / 'config.json'
-  path.write_text(json.dumps(to_hf_config(small) | {field: value}))
+  path.write_text(json.dumps(write_config(small) | {field: value}))
   with pytest.raises(BaseModelError, match=field):
     read_sizes(str(path))
 

@@ -1,0 +1,134 @@
+"""GGUF files of families beside Llama's."""
+
+import gguf
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.checkpoints.llama_cpp import GgufModel
+from jlora.checkpoints.weights import load_params
+from jlora.core.tree import leaves_by_path
+from jlora.errors import BaseModelError
+from jlora.models import families
+from jlora.models.config import DecoderConfig
+from jlora.models.decoder import Decoder
+
+SIZES = {
+  'vocab_size': 96,
+  'embed_dim': 64,
+  'mlp_dim': 96,
+  'layers': 4,
+  'heads': 4,
+  'kv_heads': 2,
+  'head_dim': 16,
+  'max_positions': 128,
+  'norm_eps': 1e-6,
+}
+CONFIGS = {
+  'qwen2': {'biases': ('q_proj', 'k_proj', 'v_proj')},
+  # transformers does not read `attention.key_length` of these, and takes 128.
+  'qwen3': {'qk_norm': True, 'head_dim': 128},
+  'smollm3': {'unrotated_layers': (3,)},
+}
+
+
+def make_config(family):
+  return DecoderConfig(family=family, **SIZES | CONFIGS[family])
+
+
+def tensors_of(config):
+  """Random tensors by Hugging Face's names."""
+  rng = np.random.default_rng(0)
+  return {
+    name: rng.normal(
+      float(weight.path.endswith('scale')),
+      0.2,
+      _shape(weight),
+    ).astype('f4')
+    for weight in families.weights(config)
+    for name in weight.tensors
+  }
+
+
+def _shape(weight):
+  shape = weight.shape[1:] if weight.stacked else weight.shape
+  return shape[::-1] if weight.transposed else shape
+
+
+def write(path, config, tensors):
+  """Writes a model as llama.cpp's converter does."""
+  name = config.family
+  writer = gguf.GGUFWriter(path, name)
+  for key, value in {
+    'vocab_size': config.vocab_size,
+    'block_count': config.layers,
+    'context_length': config.max_positions,
+    'embedding_length': config.embed_dim,
+    'feed_forward_length': config.mlp_dim,
+    'attention.head_count': config.heads,
+    'attention.head_count_kv': config.kv_heads,
+    'attention.key_length': config.head_dim,
+  }.items():
+    writer.add_uint32(f'{name}.{key}', value)
+  key = f'{name}.attention.layer_norm_rms_epsilon'
+  writer.add_float32(key, config.norm_eps)
+  writer.add_float32(f'{name}.rope.freq_base', config.rope_theta)
+  arch = gguf.MODEL_ARCH[name.upper()]
+  names = gguf.get_tensor_name_map(arch, config.layers)
+  for hf, tensor in tensors.items():
+    if name == 'smollm3':  # as Llama's
+      for part, heads in (('q', config.heads), ('k', config.kv_heads)):
+        if f'.{part}_proj.' in hf:
+          split = tensor.reshape(heads, 2, -1, tensor.shape[1])
+          tensor = split.swapaxes(1, 2).reshape(tensor.shape)
+    writer.add_tensor(
+      names.get_name(hf, try_suffixes=('.weight', '.bias')), tensor
+    )
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return path
+
+
+@pytest.mark.parametrize('family', CONFIGS)
+def test_what_was_written_is_read(family, tmp_path):
+  config = make_config(family)
+  tensors = tensors_of(config)
+  model = GgufModel(write(tmp_path / 'x.gguf', config, tensors))
+  assert model.config == config
+  leaves = leaves_by_path(load_params(model))
+  for weight in families.weights(config):
+    leaf = leaves[weight.path]
+    for i, name in enumerate(weight.tensors):
+      part = leaf[i] if weight.stacked else leaf
+      part = part.T if weight.transposed else part
+      np.testing.assert_array_equal(part, tensors[name])
+
+
+@pytest.mark.parametrize('family', ['qwen2', 'qwen3'])  # all that it reads
+def test_logits_equal_those_of_transformers(family, tmp_path):
+  config = make_config(family)
+  torch = pytest.importorskip('torch')
+  from transformers import AutoModelForCausalLM
+
+  model = GgufModel(write(tmp_path / 'x.gguf', config, tensors_of(config)))
+  tokens = np.arange(40)[None] * 7 % config.vocab_size
+  params = {'params': load_params(model)}
+  found = Decoder(model.config).apply(params, jnp.asarray(tokens))
+  oracle = AutoModelForCausalLM.from_pretrained(
+    tmp_path, gguf_file='x.gguf', dtype=torch.float32
+  )
+  with torch.no_grad():
+    expected = oracle(torch.tensor(tokens)).logits.numpy()
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=2e-5)
+
+
+def test_a_missing_bias_is_named(tmp_path):
+  config = make_config('qwen2')
+  tensors = tensors_of(config)
+  del tensors['model.layers.1.self_attn.k_proj.bias']
+  path = write(tmp_path / 'x.gguf', config, tensors)
+  with pytest.raises(BaseModelError, match=r'lacks .blk.1.attn_k.bias'):
+    GgufModel(path)

@@ -1,0 +1,84 @@
+"""PEFT adapters of every family, both ways."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.checkpoints.peft import load_adapter
+from jlora.errors import AdapterError
+from jlora.models.decoder import Decoder
+from tests.decoders import CONFIG, ROWS
+
+TOKENS = np.arange(24).reshape(2, 12) * 5 % 96
+
+pytestmark = pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning')
+
+torch = pytest.importorskip('torch')
+peft = pytest.importorskip('peft')
+
+
+def near(found, expected):
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=2e-5)
+
+
+def merged_logits(config, params, spec, trainable):
+  frozen, _ = jlora.partition(jax.random.key(0), params, spec)
+  merged = jlora.merge(frozen, trainable, spec)
+  apply = jax.jit(Decoder(config).apply)
+  return np.asarray(apply({'params': merged}, jnp.asarray(TOKENS)))
+
+
+def torch_logits(model):
+  with torch.no_grad():
+    return model.eval()(torch.tensor(TOKENS)).logits.numpy()
+
+
+@pytest.mark.parametrize('full', [(), ('.*/q_proj/.*', '.*norm/scale')])
+def test_peft_computes_the_merged_logits(
+  family_config, make_adapted, make_oracle, tmp_path, full
+):
+  fields = {'train_full': full, 'exclude': ('.*/q_proj/.*',) if full else ()}
+  adapted = make_adapted(config=family_config, targets='all-linear', **fields)
+  adapted.save(tmp_path / 'adapter')
+  base = make_oracle(family_config, adapted.params)
+  model = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter')
+  expected = merged_logits(
+    family_config, adapted.params, adapted.spec, adapted.trainable
+  )
+  near(torch_logits(model), expected)
+  adapted.expect_same_bytes_again(tmp_path / 'adapter')
+
+
+def test_logits_of_an_adapter_of_peft(
+  family_config, make_params, make_oracle, tmp_path
+):
+  params = make_params(family_config)
+  base = make_oracle(family_config, params)
+  config = peft.LoraConfig(
+    r=4, target_modules='all-linear', modules_to_save=['norm', 'mlp']
+  )
+  model = peft.get_peft_model(base, config)
+  torch.manual_seed(0)
+  for name, value in model.named_parameters():
+    if 'lora_B' in name or 'modules_to_save' in name:
+      value.data += 0.1 * torch.randn_like(value)
+  model.save_pretrained(tmp_path / 'adapter')
+  loaded = load_adapter(tmp_path / 'adapter', family_config)
+  found = merged_logits(family_config, params, loaded.spec, loaded.trainable)
+  near(found, torch_logits(model))
+
+
+def test_a_kernel_without_its_bias_is_refused(make_adapted, tmp_path):
+  config = dataclasses.replace(CONFIG, family='qwen2', **ROWS['qwen2'])
+  adapted = make_adapted(
+    config=config,
+    train_full=('.*/q_proj/kernel',),
+    targets=('.*/v_proj/kernel',),
+  )
+  with pytest.raises(AdapterError, match='train both, or neither'):
+    adapted.save(tmp_path / 'adapter')

@@ -1,0 +1,123 @@
+"""Small decoders of every family, and the same in transformers."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from jlora.core.tree import leaves_by_path, nest
+from jlora.models import families
+from jlora.models.config import DecoderConfig
+from jlora.models.hf_config import write_config
+from jlora.models.rope_scaling import (
+  DynamicScaling,
+  LinearScaling,
+  Llama3Scaling,
+  YarnScaling,
+)
+
+CONFIG = DecoderConfig(
+  vocab_size=96,
+  embed_dim=32,
+  mlp_dim=48,
+  layers=3,
+  heads=4,
+  kv_heads=2,
+  head_dim=12,  # not embed_dim / heads
+  max_positions=64,
+)
+QKV = ('q_proj', 'k_proj', 'v_proj')
+MLP = ('gate_proj', 'up_proj', 'down_proj')
+WINDOW = {'sliding_window': 7}
+YARN = YarnScaling(factor=4.0, original_max_positions=16)
+
+# A row a family, and one for each of its switches.
+ROWS = {
+  'llama': {},
+  'llama untied': {'tie_embeddings': False, 'kv_heads': 4},
+  'llama one kv head': {'kv_heads': 1},
+  'llama biases': {'biases': (*QKV, 'o_proj', *MLP)},
+  'llama linear': {'rope_scaling': LinearScaling(factor=3.0)},
+  'llama dynamic': {
+    'rope_scaling': DynamicScaling(factor=4.0, max_positions=16),
+    'max_positions': 16,
+  },
+  'llama llama3': {
+    'rope_scaling': Llama3Scaling(factor=8.0, original_max_positions=32),
+    'rope_theta': 500.0,
+  },
+  'llama yarn': {'rope_scaling': YARN, 'rope_theta': 500.0},
+  'mistral': {**WINDOW, 'local_layers': (0, 1, 2)},
+  'mistral whole': {},
+  'qwen2': {'biases': QKV, 'head_dim': 8},
+  'qwen2 windows': {
+    **WINDOW,
+    'biases': QKV,
+    'head_dim': 8,
+    'local_layers': (1, 2),
+  },
+  'qwen3': {'qk_norm': True},
+  'qwen3 windows': {'qk_norm': True, **WINDOW, 'local_layers': (0, 2)},
+  'qwen3 biases': {'qk_norm': True, 'biases': (*QKV, 'o_proj')},
+  'smollm3': {'unrotated_layers': (1,), 'head_dim': 8, 'rope_theta': 2e6},
+  'smollm3 windows': {
+    'unrotated_layers': (0, 2),
+    'head_dim': 8,
+    **WINDOW,
+    'local_layers': (0, 2),
+  },
+}
+
+
+@pytest.fixture(params=ROWS)
+def family_config(request):
+  """A small decoder of every family, with every switch."""
+  family = request.param.split()[0]
+  return dataclasses.replace(CONFIG, family=family, **ROWS[request.param])
+
+
+def random_params(config, seed=0):
+  """Returns random parameters of a decoder, norms about one."""
+  rng = np.random.default_rng(seed)
+  return nest(
+    {
+      weight.path: rng.normal(
+        float(weight.path.endswith('scale')), 0.2, weight.shape
+      ).astype('f4')
+      for weight in families.weights(config)
+    }
+  )
+
+
+@pytest.fixture(scope='session')
+def make_params():
+  return random_params
+
+
+@pytest.fixture(scope='session')
+def make_oracle():
+  """Makes the same model in transformers, its state set by name."""
+
+  def make(config, params):
+    torch = pytest.importorskip('torch')
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    # SmolLM3's default for padding lies beyond a small vocabulary.
+    fields = {**write_config(config), 'pad_token_id': None}
+    fields = AutoConfig.for_model(fields.pop('model_type'), **fields)
+    oracle = AutoModelForCausalLM.from_config(
+      fields, attn_implementation='eager'
+    )
+    leaves, state = leaves_by_path(params), {}
+    for weight in families.weights(config):
+      leaf = leaves[weight.path]
+      for i, name in enumerate(weight.tensors):
+        part = leaf[i] if weight.stacked else leaf
+        part = part.T if weight.transposed else part
+        state[name] = torch.tensor(np.ascontiguousarray(part))
+    if config.tie_embeddings:
+      state['lm_head.weight'] = state['model.embed_tokens.weight']
+    oracle.load_state_dict(state, strict=True)
+    return oracle.eval()
+
+  return make

@@ -1,0 +1,99 @@
+"""Every family computes what transformers computes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jlora.models.decoder import Decoder, make_cache
+
+torch = pytest.importorskip('torch')
+
+
+def near(found, expected):
+  """Whether logits are equal to 2e-5 of their scale."""
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=2e-5)
+
+
+def make_tokens(config, batch, length):
+  rng = np.random.default_rng(length)
+  return rng.integers(0, config.vocab_size, (batch, length))
+
+
+def logits_of(oracle, tokens, **fields):
+  with torch.no_grad():
+    fields = {name: torch.tensor(x) for name, x in fields.items()}
+    return oracle(torch.tensor(tokens), **fields).logits.numpy()
+
+
+def test_logits(family_config, make_params, make_oracle):
+  params = make_params(family_config)
+  tokens = make_tokens(family_config, 2, 40)
+  found = jax.jit(Decoder(family_config).apply)({'params': params}, tokens)
+  near(found, logits_of(make_oracle(family_config, params), tokens))
+
+
+def test_logits_behind_padding(family_config, make_params, make_oracle):
+  params = make_params(family_config)
+  tokens, padding = make_tokens(family_config, 2, 20), np.array([0, 6])
+  real = np.arange(20) >= padding[:, None]
+  positions = np.maximum(np.arange(20) - padding[:, None], 0)
+  found = jax.jit(Decoder(family_config).apply)(
+    {'params': params}, tokens, positions, real.astype(int)
+  )
+  expected = logits_of(
+    make_oracle(family_config, params),
+    tokens,
+    attention_mask=real.astype(int),
+    position_ids=positions,
+  )
+  near(np.asarray(found)[real], expected[real])
+
+
+def test_logits_of_packed_sequences(family_config, make_params, make_oracle):
+  params, lengths = make_params(family_config), (5, 1, 12)
+  parts = [make_tokens(family_config, 1, n) for n in lengths]
+  found = jax.jit(Decoder(family_config).apply)(
+    {'params': params},
+    np.concatenate(parts, axis=1),
+    np.concatenate([np.arange(n)[None] for n in lengths], axis=1),
+    np.repeat(np.arange(3), lengths)[None],
+  )
+  oracle = make_oracle(family_config, params)
+  expected = [logits_of(oracle, part) for part in parts]
+  near(found, np.concatenate(expected, axis=1))
+
+
+def test_greedy_tokens(family_config, make_params, make_oracle):
+  if type(family_config.rope_scaling).__name__ == 'DynamicScaling':
+    # transformers keeps keys that were rotated for a shorter sequence.
+    family_config = dataclasses.replace(family_config, rope_scaling=None)
+  params, new = make_params(family_config), 32
+  prompt = make_tokens(family_config, 2, 9)
+  expected = make_oracle(family_config, params).generate(
+    torch.tensor(prompt),
+    attention_mask=torch.ones(prompt.shape, dtype=torch.long),
+    max_new_tokens=new,
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+  )
+  model, slots = Decoder(family_config), prompt.shape[1] + new
+  decode = jax.jit(functools.partial(model.apply, method='decode'))
+  cache, tokens = make_cache(family_config, 2, slots, jnp.float32), prompt
+  known, start = [prompt], 0
+  for _ in range(new):
+    places = np.arange(start, start + tokens.shape[1])
+    positions = np.tile(places, (2, 1))
+    mask = np.arange(slots) <= positions[..., None]
+    logits, cache = decode(
+      {'params': params}, tokens, positions, mask, cache, jnp.int32(start)
+    )
+    start += tokens.shape[1]
+    tokens = np.asarray(logits.argmax(-1))[:, None]
+    known.append(tokens)
+  np.testing.assert_array_equal(np.concatenate(known, axis=1), expected)
