@@ -37,9 +37,9 @@ def test_a_leaf_is_stacked_and_turned_as_the_decoder_wants(tiny_config):
   class Source:
     config = tiny_config
 
-    def read(self, module, dtype, index):
-      layer = next((int(p) for p in module.split('.') if p.isdigit()), 0)
-      out = np.empty(shapes[module], dtype)
+    def read(self, name, dtype, index):
+      layer = next((int(p) for p in name.split('.') if p.isdigit()), 0)
+      out = np.empty(shapes[name], dtype)
       out[:] = np.arange(out.shape[-1]) + 1000 * layer
       return out[index]
 

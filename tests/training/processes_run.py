@@ -95,9 +95,9 @@ def load(spec, mesh):
   model, read = base.model, {}
   plain = model.read
 
-  def counted(module, dtype, index=None):
-    found = plain(module, dtype, index)
-    read[module] = read.get(module, 0) + found.size
+  def counted(name, dtype, index=None):
+    found = plain(name, dtype, index)
+    read[name] = read.get(name, 0) + found.size
     return found
 
   model.read = counted
@@ -141,8 +141,8 @@ def largest_share(base, read):
   shares = []
   for weight in families.weights(base.config):
     if weight.path.startswith('layers/') and weight.transposed:
-      size = math.prod(weight.shape) / len(weight.modules)
-      shares += [read.get(module, 0) / size for module in weight.modules]
+      size = math.prod(weight.shape) / len(weight.tensors)
+      shares += [read.get(name, 0) / size for name in weight.tensors]
   return max(shares)
 
 
