@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.decoders import family_config, make_oracle, make_params
+from tests.decoders import family_config
 
-__all__ = ['family_config', 'make_oracle', 'make_params']  # fixtures
+__all__ = ['family_config']  # a fixture
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

@@ -76,7 +76,7 @@ def family_config(request):
   return dataclasses.replace(CONFIG, family=family, **ROWS[request.param])
 
 
-def random_params(config, seed=0):
+def make_params(config, seed=0):
   """Returns random parameters of a decoder, norms about one."""
   rng = np.random.default_rng(seed)
   return nest(
@@ -89,35 +89,37 @@ def random_params(config, seed=0):
   )
 
 
-@pytest.fixture(scope='session')
-def make_params():
-  return random_params
+def stored(config, params):
+  """Returns a decoder's tensors as Hugging Face stores them, by name."""
+  leaves, tensors = leaves_by_path(params), {}
+  for weight in families.weights(config):
+    leaf = np.asarray(leaves[weight.path])
+    for i, name in enumerate(weight.tensors):
+      part = leaf[i] if weight.stacked else leaf
+      tensors[name] = part.T if weight.transposed else part
+  return tensors
 
 
-@pytest.fixture(scope='session')
-def make_oracle():
-  """Makes the same model in transformers, its state set by name."""
+def make_oracle(config, params):
+  """Returns the same model in transformers, its state set by name."""
+  torch = pytest.importorskip('torch')
+  from transformers import AutoConfig, AutoModelForCausalLM
 
-  def make(config, params):
-    torch = pytest.importorskip('torch')
-    from transformers import AutoConfig, AutoModelForCausalLM
+  # SmolLM3's default for padding lies beyond a small vocabulary.
+  fields = {**write_config(config), 'pad_token_id': None}
+  fields = AutoConfig.for_model(fields.pop('model_type'), **fields)
+  oracle = AutoModelForCausalLM.from_config(fields, attn_implementation='eager')
+  state = {
+    name: torch.tensor(np.ascontiguousarray(tensor))
+    for name, tensor in stored(config, params).items()
+  }
+  if config.tie_embeddings:
+    state['lm_head.weight'] = state['model.embed_tokens.weight']
+  oracle.load_state_dict(state, strict=True)
+  return oracle.eval()
 
-    # SmolLM3's default for padding lies beyond a small vocabulary.
-    fields = {**write_config(config), 'pad_token_id': None}
-    fields = AutoConfig.for_model(fields.pop('model_type'), **fields)
-    oracle = AutoModelForCausalLM.from_config(
-      fields, attn_implementation='eager'
-    )
-    leaves, state = leaves_by_path(params), {}
-    for weight in families.weights(config):
-      leaf = leaves[weight.path]
-      for i, name in enumerate(weight.tensors):
-        part = leaf[i] if weight.stacked else leaf
-        part = part.T if weight.transposed else part
-        state[name] = torch.tensor(np.ascontiguousarray(part))
-    if config.tie_embeddings:
-      state['lm_head.weight'] = state['model.embed_tokens.weight']
-    oracle.load_state_dict(state, strict=True)
-    return oracle.eval()
 
-  return make
+def assert_near(found, expected):
+  """Holds logits to 2e-5 of their scale."""
+  scale = np.abs(expected).max()
+  np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=2e-5)

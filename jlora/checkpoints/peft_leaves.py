@@ -186,9 +186,7 @@ def make_layouts(
   layouts: dict[str, Layout] = {}
   for weight in families.weights(config):
     first, twin = weight.modules[0], base.twin(weight.modules[0])
-    ranks = tuple(selection.pairs.get(m, (0,))[0] for m in weight.modules)
-    if any(ranks) and weight.kind == 'bias':
-      continue  # PEFT's pairs are for the kernel beside it
+    ranks = tuple(pair[0] if pair else 0 for pair in selection.pairs_of(weight))
     if any(ranks):
       dora = selection.variant == 'dora'
       layouts[weight.path] = Pair(weight, twin, ranks, dora)

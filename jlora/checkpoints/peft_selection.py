@@ -45,6 +45,17 @@ class Selection:
     ranks, alphas = zip(*map(self.pairs.get, sorted(self.pairs)), strict=True)
     return _most_frequent(ranks), _most_frequent(alphas)
 
+  def pairs_of(self, weight: Weight) -> list[tuple[int, float] | None]:
+    """Returns rank and alpha of each module of a leaf, where it has a pair.
+
+    A bias has none: those of its modules are for the kernel beside it.
+
+    Args:
+      weight: The leaf.
+    """
+    pairs = {} if weight.kind == 'bias' else self.pairs
+    return [pairs.get(module) for module in weight.modules]
+
   def doubled(self) -> 'Selection':
     """Returns the same with twice the ranks and unchanged scales."""
     factor = math.sqrt(2) if self.scaling == 'rslora' else 2
@@ -187,9 +198,7 @@ def spec_of(selection: Selection, config: DecoderConfig) -> LoraSpec:
   whole, rows = [], []
   for weight in families.weights(config):
     first = weight.modules[0]
-    pairs = [selection.pairs.get(module) for module in weight.modules]
-    if any(pairs) and weight.kind == 'bias':
-      continue  # the pairs are for the kernel beside it
+    pairs = selection.pairs_of(weight)
     if any(pairs):
       chosen += _chosen(weight, pairs)
       ranks += _patterns(weight, [p and p[0] for p in pairs], rank)

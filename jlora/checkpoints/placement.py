@@ -70,14 +70,14 @@ def load_split(
   def place(path: str, leaf: StoredLeaf) -> Any:
     if path in split.plan.adapted and spec.changes_base:
       start = (starts or {}).get(path)
-      half = _split_whole(split, key, leaf, dtype, start, shardings)
+      parts = _split_whole(split, key, leaf, dtype, start, shardings)
       # Copies: training takes the arrays themselves.
-      found[path] = jax.tree.map(np.array, half.start)
+      found[path] = jax.tree.map(np.array, parts.start)
     else:
-      half = _split_pieces(split, leaf, dtype, shardings)
-    if half.trained:
-      trained[path] = half.trained
-    return jax.block_until_ready(half.frozen)
+      parts = _split_pieces(split, leaf, dtype, shardings)
+    if parts.trained:
+      trained[path] = parts.trained
+    return jax.block_until_ready(parts.frozen)
 
   frozen = base.load_params(place=place)
   trained = _complete(split, key, frozen, trained, shardings)
@@ -94,17 +94,17 @@ def _split_whole(
 ) -> SplitLeaf:
   """Splits a leaf that a decomposition needs whole, then cuts its halves."""
   whole = jnp.asarray(leaf.read())
-  half = split_leaf(split, key, leaf.path, whole, dtype=dtype, start=start)
+  parts = split_leaf(split, key, leaf.path, whole, dtype=dtype, start=start)
   if shardings is None:
-    return half
+    return parts
   frozen = pieces.place_whole(
-    half.frozen, shardings.of_leaf(leaf.path, half.frozen)
+    parts.frozen, shardings.of_leaf(leaf.path, parts.frozen)
   )
   trained = {
     kind: pieces.place_whole(x, shardings.of_trained(leaf.path, kind, x.shape))
-    for kind, x in half.trained.items()
+    for kind, x in parts.trained.items()
   }
-  return SplitLeaf(frozen, trained, half.start)
+  return SplitLeaf(frozen, trained, parts.start)
 
 
 def _split_pieces(

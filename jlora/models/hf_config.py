@@ -19,19 +19,8 @@ _SIZES = {
   'layers': 'num_hidden_layers',
   'heads': 'num_attention_heads',
 }
-# Field of a stretch of the wavelengths -> key of rope_parameters.
-_ROPE = {
-  'factor': 'factor',
-  'low_freq_factor': 'low_freq_factor',
-  'high_freq_factor': 'high_freq_factor',
-  'original_max_positions': 'original_max_position_embeddings',
-  'attention_factor': 'attention_factor',
-  'beta_fast': 'beta_fast',
-  'beta_slow': 'beta_slow',
-  'mscale': 'mscale',
-  'mscale_all_dim': 'mscale_all_dim',
-  'truncate': 'truncate',
-}
+# Likewise of a stretch of the wavelengths, whose other fields have one name.
+_ROPE = {'original_max_positions': 'original_max_position_embeddings'}
 # Fields that say nothing about what is computed, or what is computed anyway.
 _HARMLESS = {
   'architectures',
@@ -234,7 +223,7 @@ def _read_scaling(rope: Mapping[str, Any], longest: int) -> RopeScaling | None:
     if field.name == 'max_positions':
       values[field.name] = longest
       continue
-    key = _ROPE[field.name]
+    key = _ROPE.get(field.name, field.name)
     # Llama 3's have no default in transformers; the others' are ours too.
     needed = field.default is dataclasses.MISSING or kind == 'llama3'
     if needed or rope.get(key) is not None:
@@ -284,6 +273,6 @@ def _write_rope(config: DecoderConfig) -> dict[str, Any]:
   kind = 'default' if scaling is None else scaling.KIND
   rope = {'rope_type': kind, 'rope_theta': config.rope_theta}
   for name, value in dataclasses.asdict(scaling).items() if scaling else ():
-    if name in _ROPE and value is not None:
-      rope[_ROPE[name]] = value
+    if name != 'max_positions' and value is not None:
+      rope[_ROPE.get(name, name)] = value
   return rope

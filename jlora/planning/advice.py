@@ -104,8 +104,7 @@ def _more_devices(
   """Yields the same on more devices, which share the parameters."""
   if planner.machine.platform == 'cpu':
     return
-  rows = spec.train.batch_size // spec.train.accumulate
-  rows //= planner.row_devices(spec)
+  rows = spec.train.rows(planner.row_devices(spec))
   for factor in _MORE:
     machine = _larger(planner.machine, factor)
     if machine is None:

@@ -121,7 +121,8 @@ def count_scratch(
   """
   c, size, live = config, halves.dtype.itemsize, LIVE[platform]
   mesh = halves.shardings.mesh.shape
-  rows, length = _rows(spec, mesh), spec.data.max_length
+  rows = spec.train.rows(mesh['data'] * mesh['fsdp'])
+  length = spec.data.max_length
   tokens, cut = rows * length, mesh['tensor']
   scores = 4 * tokens * length * c.heads // cut
   inner = size * tokens * c.mlp_dim // cut
@@ -137,12 +138,6 @@ def count_scratch(
   gradients = sum(_bytes(x) for x in jax.tree.leaves(halves.state.trainable))
   inputs = live.inputs * size * c.layers * tokens * c.embed_dim
   return int(max(layer, logits - gradients) + inputs)
-
-
-def _rows(spec: RunSpec, mesh: Any) -> int:
-  """Returns the rows of a microbatch on one device."""
-  devices = mesh['data'] * mesh['fsdp']
-  return spec.train.batch_size // spec.train.accumulate // devices
 
 
 def _kernels(config: DecoderConfig, halves: Halves, live: Live) -> float:

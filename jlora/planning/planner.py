@@ -152,8 +152,7 @@ class Planner:
     With remat 'full' these are the layers' inputs. Whatever it is, it grows by
     as much with every row, so two steps are traced for all numbers of rows.
     """
-    rows = spec.train.batch_size // self.row_devices(spec)
-    rows //= spec.train.accumulate
+    rows = spec.train.rows(self.row_devices(spec))
     one, two = (self._kept_of(spec, count) for count in (1, 2))
     return int(one + (rows - 1) * (two - one))
 

@@ -89,7 +89,7 @@ def largest_rows(planner: Planner, spec: RunSpec) -> Found:
     spec: From `Planner.prepare`.
   """
   devices = planner.row_devices(spec)
-  first = spec.train.batch_size // spec.train.accumulate // devices
+  first = spec.train.rows(devices)
   return _largest(planner, lambda rows: with_rows(spec, rows * devices), first)
 
 

@@ -114,6 +114,14 @@ class TrainSpec:
     if self.dtype not in DTYPES:
       raise ConfigError(f'train.dtype {self.dtype!r} is none of {DTYPES}')
 
+  def rows(self, devices: int) -> int:
+    """Returns the rows of a microbatch on each device.
+
+    Args:
+      devices: How many share the rows.
+    """
+    return self.batch_size // self.accumulate // devices
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvalSpec:

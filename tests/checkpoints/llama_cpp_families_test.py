@@ -7,11 +7,10 @@ import pytest
 
 from jlora.checkpoints.llama_cpp import GgufModel
 from jlora.checkpoints.weights import load_params
-from jlora.core.tree import leaves_by_path
 from jlora.errors import BaseModelError
-from jlora.models import families
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
+from tests.decoders import assert_near, make_params, stored
 
 SIZES = {
   'vocab_size': 96,
@@ -34,25 +33,6 @@ CONFIGS = {
 
 def make_config(family):
   return DecoderConfig(family=family, **SIZES | CONFIGS[family])
-
-
-def tensors_of(config):
-  """Random tensors by Hugging Face's names."""
-  rng = np.random.default_rng(0)
-  return {
-    name: rng.normal(
-      float(weight.path.endswith('scale')),
-      0.2,
-      _shape(weight),
-    ).astype('f4')
-    for weight in families.weights(config)
-    for name in weight.tensors
-  }
-
-
-def _shape(weight):
-  shape = weight.shape[1:] if weight.stacked else weight.shape
-  return shape[::-1] if weight.transposed else shape
 
 
 def write(path, config, tensors):
@@ -82,7 +62,8 @@ def write(path, config, tensors):
           split = tensor.reshape(heads, 2, -1, tensor.shape[1])
           tensor = split.swapaxes(1, 2).reshape(tensor.shape)
     writer.add_tensor(
-      names.get_name(hf, try_suffixes=('.weight', '.bias')), tensor
+      names.get_name(hf, try_suffixes=('.weight', '.bias')),
+      np.ascontiguousarray(tensor),
     )
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
@@ -94,16 +75,13 @@ def write(path, config, tensors):
 @pytest.mark.parametrize('family', CONFIGS)
 def test_what_was_written_is_read(family, tmp_path):
   config = make_config(family)
-  tensors = tensors_of(config)
+  tensors = stored(config, make_params(config))
   model = GgufModel(write(tmp_path / 'x.gguf', config, tensors))
   assert model.config == config
-  leaves = leaves_by_path(load_params(model))
-  for weight in families.weights(config):
-    leaf = leaves[weight.path]
-    for i, name in enumerate(weight.tensors):
-      part = leaf[i] if weight.stacked else leaf
-      part = part.T if weight.transposed else part
-      np.testing.assert_array_equal(part, tensors[name])
+  found = stored(config, load_params(model))
+  assert found.keys() == tensors.keys()
+  for name, tensor in tensors.items():
+    np.testing.assert_array_equal(found[name], tensor)
 
 
 @pytest.mark.parametrize('family', ['qwen2', 'qwen3'])  # all that it reads
@@ -112,7 +90,9 @@ def test_logits_equal_those_of_transformers(family, tmp_path):
   torch = pytest.importorskip('torch')
   from transformers import AutoModelForCausalLM
 
-  model = GgufModel(write(tmp_path / 'x.gguf', config, tensors_of(config)))
+  model = GgufModel(
+    write(tmp_path / 'x.gguf', config, stored(config, make_params(config)))
+  )
   tokens = np.arange(40)[None] * 7 % config.vocab_size
   params = {'params': load_params(model)}
   found = Decoder(model.config).apply(params, jnp.asarray(tokens))
@@ -121,13 +101,12 @@ def test_logits_equal_those_of_transformers(family, tmp_path):
   )
   with torch.no_grad():
     expected = oracle(torch.tensor(tokens)).logits.numpy()
-  scale = np.abs(expected).max()
-  np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=2e-5)
+  assert_near(found, expected)
 
 
 def test_a_missing_bias_is_named(tmp_path):
   config = make_config('qwen2')
-  tensors = tensors_of(config)
+  tensors = stored(config, make_params(config))
   del tensors['model.layers.1.self_attn.k_proj.bias']
   path = write(tmp_path / 'x.gguf', config, tensors)
   with pytest.raises(BaseModelError, match=r'lacks .blk.1.attn_k.bias'):

@@ -11,7 +11,7 @@ import jlora
 from jlora.checkpoints.peft import load_adapter
 from jlora.errors import AdapterError
 from jlora.models.decoder import Decoder
-from tests.decoders import CONFIG, ROWS
+from tests.decoders import CONFIG, ROWS, assert_near, make_oracle, make_params
 
 TOKENS = np.arange(24).reshape(2, 12) * 5 % 96
 
@@ -19,11 +19,6 @@ pytestmark = pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning')
 
 torch = pytest.importorskip('torch')
 peft = pytest.importorskip('peft')
-
-
-def near(found, expected):
-  scale = np.abs(expected).max()
-  np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=2e-5)
 
 
 def merged_logits(config, params, spec, trainable):
@@ -40,7 +35,7 @@ def torch_logits(model):
 
 @pytest.mark.parametrize('full', [(), ('.*/q_proj/.*', '.*norm/scale')])
 def test_peft_computes_the_merged_logits(
-  family_config, make_adapted, make_oracle, tmp_path, full
+  family_config, make_adapted, tmp_path, full
 ):
   fields = {'train_full': full, 'exclude': ('.*/q_proj/.*',) if full else ()}
   adapted = make_adapted(config=family_config, targets='all-linear', **fields)
@@ -50,13 +45,11 @@ def test_peft_computes_the_merged_logits(
   expected = merged_logits(
     family_config, adapted.params, adapted.spec, adapted.trainable
   )
-  near(torch_logits(model), expected)
+  assert_near(torch_logits(model), expected)
   adapted.expect_same_bytes_again(tmp_path / 'adapter')
 
 
-def test_logits_of_an_adapter_of_peft(
-  family_config, make_params, make_oracle, tmp_path
-):
+def test_logits_of_an_adapter_of_peft(family_config, tmp_path):
   params = make_params(family_config)
   base = make_oracle(family_config, params)
   config = peft.LoraConfig(
@@ -70,7 +63,7 @@ def test_logits_of_an_adapter_of_peft(
   model.save_pretrained(tmp_path / 'adapter')
   loaded = load_adapter(tmp_path / 'adapter', family_config)
   found = merged_logits(family_config, params, loaded.spec, loaded.trainable)
-  near(found, torch_logits(model))
+  assert_near(found, torch_logits(model))
 
 
 def test_a_kernel_without_its_bias_is_refused(make_adapted, tmp_path):

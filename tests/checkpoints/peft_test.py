@@ -16,7 +16,7 @@ from jlora.core import tree
 from jlora.errors import AdapterError
 from jlora.models import families
 from jlora.models.decoder import Decoder
-from jlora.models.hf_config import write_config
+from tests.decoders import make_oracle
 
 # transformers warns of its own deprecated names when PEFT asks for them.
 pytestmark = pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning')
@@ -39,29 +39,6 @@ def apply(config, params):
 
 def logits_of(config, params):
   return np.asarray(apply(config, params))
-
-
-def make_torch_model(config, params):
-  """Returns the model in transformers with the same weights."""
-  torch = pytest.importorskip('torch')
-  transformers = pytest.importorskip('transformers')
-  fields = write_config(config)
-  model = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig.from_dict(fields)
-  )
-  leaves = tree.leaves_by_path(params)
-  state = {}
-  for weight in families.weights(config):
-    leaf = np.asarray(leaves[weight.path])
-    for module, array in zip(
-      weight.modules, leaf if weight.stacked else [leaf], strict=True
-    ):
-      array = array.T if weight.transposed else array
-      state[f'{module}.weight'] = torch.tensor(array)
-  if config.tie_embeddings:
-    state['lm_head.weight'] = state['model.embed_tokens.weight']
-  model.load_state_dict(state)
-  return model.eval()
 
 
 def torch_logits(model):
@@ -110,7 +87,7 @@ def test_peft_computes_the_merged_logits(make_adapted, tmp_path, tied, fields):
   peft = pytest.importorskip('peft')
   adapted = make_adapted(tied, **fields)
   adapted.save(tmp_path / 'adapter')
-  base = make_torch_model(adapted.config, adapted.params)
+  base = make_oracle(adapted.config, adapted.params)
   model = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter')
   merged = merge(adapted.params, adapted.trainable, adapted.spec)
   expected = logits_of(adapted.config, merged)
@@ -246,7 +223,7 @@ def test_an_init_that_changed_the_base_is_plain_lora_for_peft(
   adapted = make_adapted(tied, **fields)
   initial = make_adapted(tied, **fields, seed=1).trainable
   adapted.save(tmp_path / 'adapter', initial=initial)
-  base = make_torch_model(adapted.config, adapted.params)
+  base = make_oracle(adapted.config, adapted.params)
   model = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter')
   taken = {
     path: -leaf if path.endswith('/b') else leaf
@@ -268,7 +245,7 @@ def make_peft_model(adapted, **fields):
   peft = pytest.importorskip('peft')
   torch = pytest.importorskip('torch')
   model = peft.get_peft_model(
-    make_torch_model(adapted.config, adapted.params),
+    make_oracle(adapted.config, adapted.params),
     peft.LoraConfig(r=4, lora_alpha=10, task_type='CAUSAL_LM', **fields),
   )
   torch.manual_seed(0)

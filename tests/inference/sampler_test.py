@@ -13,7 +13,7 @@ from jlora.inference import sampler
 from jlora.inference.sampler import generate, stream, text_pieces
 from jlora.inference.sampling import Sampling
 from jlora.models import families
-from jlora.models.hf_config import write_config
+from tests.decoders import make_oracle
 
 GREEDY = Sampling(max_new_tokens=8)
 SAMPLED = Sampling(max_new_tokens=8, temperature=1.0, seed=3)
@@ -50,38 +50,21 @@ def without_cache(model, params, prompt, count):
 
 def test_greedy_tokens_are_those_of_transformers(config, params, prompts, run):
   torch = pytest.importorskip('torch')
-  transformers = pytest.importorskip('transformers')
-  oracle = transformers.LlamaForCausalLM(
-    transformers.LlamaConfig(**write_config(config))
-  )
-  state = {}
-  for weight in families.weights(config):
-    leaf = params
-    for name in weight.path.split('/'):
-      leaf = leaf[name]
-    parts = np.array(leaf) if weight.stacked else np.array(leaf)[None]
-    for module, part in zip(weight.modules, parts, strict=True):
-      part = part.T.copy() if weight.transposed else part
-      state[f'{module}.weight'] = torch.from_numpy(part)
-  oracle.load_state_dict(state)
+  oracle = make_oracle(config, params)
   width = max(map(len, prompts))
   tokens = torch.zeros((len(prompts), width), dtype=torch.long)
   real = torch.zeros_like(tokens)
   for i, prompt in enumerate(prompts):
     tokens[i, width - len(prompt) :] = torch.from_numpy(prompt)
     real[i, width - len(prompt) :] = 1
-  expected = (
-    oracle.eval()
-    .generate(
-      tokens,
-      attention_mask=real,
-      max_new_tokens=32,
-      do_sample=False,
-      eos_token_id=None,
-      pad_token_id=0,
-    )[:, width:]
-    .numpy()
-  )
+  expected = oracle.generate(
+    tokens,
+    attention_mask=real,
+    max_new_tokens=32,
+    do_sample=False,
+    eos_token_id=None,
+    pad_token_id=0,
+  )[:, width:].numpy()
   assert len(np.unique(expected)) > 16
   ours = run(prompts, Sampling(max_new_tokens=32))
   np.testing.assert_array_equal(np.stack(ours), expected)

@@ -10,8 +10,7 @@ from jlora.core.tree import leaves_by_path
 from jlora.models import families
 from jlora.models.decoder import Decoder, make_cache
 from jlora.models.rope_scaling import Llama3Scaling
-from tests.decoders import CONFIG
-from tests.decoders import random_params as make_params
+from tests.decoders import CONFIG, make_params
 
 SCALING = Llama3Scaling(factor=8.0, original_max_positions=32)
 

@@ -5,17 +5,7 @@ import pytest
 import jlora
 from jlora.errors import ConfigError
 from jlora.models import families
-from jlora.models.config import DecoderConfig
-
-CONFIG = DecoderConfig(
-  vocab_size=96,
-  embed_dim=32,
-  mlp_dim=48,
-  layers=3,
-  heads=4,
-  kv_heads=2,
-  head_dim=12,
-)
+from tests.decoders import CONFIG
 
 
 def test_every_leaf_has_one_name_a_layer():

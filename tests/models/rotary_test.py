@@ -5,23 +5,15 @@ import numpy as np
 import pytest
 
 from jlora.models import rotary
-from jlora.models.config import DecoderConfig
 from jlora.models.hf_config import write_config
 from jlora.models.rope_scaling import (
   LinearScaling,
   Llama3Scaling,
   YarnScaling,
 )
+from tests import decoders
 
-CONFIG = DecoderConfig(
-  vocab_size=96,
-  embed_dim=32,
-  mlp_dim=48,
-  layers=1,
-  heads=4,
-  kv_heads=2,
-  head_dim=64,
-)
+CONFIG = dataclasses.replace(decoders.CONFIG, head_dim=64)
 
 
 def torch_frequencies(config):

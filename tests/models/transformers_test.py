@@ -9,14 +9,10 @@ import numpy as np
 import pytest
 
 from jlora.models.decoder import Decoder, make_cache
+from jlora.models.rope_scaling import DynamicScaling
+from tests.decoders import assert_near, make_oracle, make_params
 
 torch = pytest.importorskip('torch')
-
-
-def near(found, expected):
-  """Whether logits are equal to 2e-5 of their scale."""
-  scale = np.abs(expected).max()
-  np.testing.assert_allclose(found / scale, expected / scale, rtol=0, atol=2e-5)
 
 
 def make_tokens(config, batch, length):
@@ -30,14 +26,14 @@ def logits_of(oracle, tokens, **fields):
     return oracle(torch.tensor(tokens), **fields).logits.numpy()
 
 
-def test_logits(family_config, make_params, make_oracle):
+def test_logits(family_config):
   params = make_params(family_config)
   tokens = make_tokens(family_config, 2, 40)
   found = jax.jit(Decoder(family_config).apply)({'params': params}, tokens)
-  near(found, logits_of(make_oracle(family_config, params), tokens))
+  assert_near(found, logits_of(make_oracle(family_config, params), tokens))
 
 
-def test_logits_behind_padding(family_config, make_params, make_oracle):
+def test_logits_behind_padding(family_config):
   params = make_params(family_config)
   tokens, padding = make_tokens(family_config, 2, 20), np.array([0, 6])
   real = np.arange(20) >= padding[:, None]
@@ -51,10 +47,10 @@ def test_logits_behind_padding(family_config, make_params, make_oracle):
     attention_mask=real.astype(int),
     position_ids=positions,
   )
-  near(np.asarray(found)[real], expected[real])
+  assert_near(np.asarray(found)[real], expected[real])
 
 
-def test_logits_of_packed_sequences(family_config, make_params, make_oracle):
+def test_logits_of_packed_sequences(family_config):
   params, lengths = make_params(family_config), (5, 1, 12)
   parts = [make_tokens(family_config, 1, n) for n in lengths]
   found = jax.jit(Decoder(family_config).apply)(
@@ -65,11 +61,11 @@ def test_logits_of_packed_sequences(family_config, make_params, make_oracle):
   )
   oracle = make_oracle(family_config, params)
   expected = [logits_of(oracle, part) for part in parts]
-  near(found, np.concatenate(expected, axis=1))
+  assert_near(found, np.concatenate(expected, axis=1))
 
 
-def test_greedy_tokens(family_config, make_params, make_oracle):
-  if type(family_config.rope_scaling).__name__ == 'DynamicScaling':
+def test_greedy_tokens(family_config):
+  if isinstance(family_config.rope_scaling, DynamicScaling):
     # transformers keeps keys that were rotated for a shorter sequence.
     family_config = dataclasses.replace(family_config, rope_scaling=None)
   params, new = make_params(family_config), 32
