@@ -15,7 +15,11 @@ from tests.decoders import CONFIG, ROWS, assert_near, make_oracle, make_params
 
 TOKENS = np.arange(24).reshape(2, 12) * 5 % 96
 
-pytestmark = pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning')
+pytestmark = [
+  pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning'),
+  # PEFT fuses the pairs of experts, then misses the modules of its own pattern.
+  pytest.mark.filterwarnings('ignore:The following .*_pattern keys did not'),
+]
 
 torch = pytest.importorskip('torch')
 peft = pytest.importorskip('peft')

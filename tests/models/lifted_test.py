@@ -12,7 +12,19 @@ from jlora.models import families
 from jlora.models.decoder import Decoder
 from tests.decoders import CONFIG, ROWS, make_params
 
-NAMES = ('llama biases', 'mistral', 'qwen2 windows', 'qwen3', 'smollm3 windows')
+NAMES = (
+  'llama biases',
+  'mistral',
+  'qwen2 windows',
+  'qwen3',
+  'smollm3 windows',
+  'phi3',
+  'gemma2',
+  'gemma3_text',
+  'gpt2',
+  'mixtral',
+  'qwen3_moe',
+)
 
 
 @pytest.mark.parametrize('name', NAMES)
@@ -25,7 +37,10 @@ def test_lifted_logits_and_gradients_are_the_merged(name):
   frozen, trainable = jlora.partition(
     key, make_params(config), spec, quant=quant
   )
-  trainable = jax.tree.map(lambda x: x + 0.05, trainable)
+  rng = np.random.default_rng(0)
+  trainable = jax.tree.map(
+    lambda x: x + rng.normal(0, 0.05, x.shape).astype('f4'), trainable
+  )
   model = Decoder(config, remat='full')
 
   def apply(params):
