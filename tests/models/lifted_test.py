@@ -1,7 +1,5 @@
 """Every family is adapted and quantized without a kernel being formed."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,7 @@ import pytest
 import jlora
 from jlora.models import families
 from jlora.models.decoder import Decoder
-from tests.decoders import CONFIG, ROWS, make_params
+from tests.decoders import make_config, make_params
 
 NAMES = (
   'llama biases',
@@ -29,8 +27,7 @@ NAMES = (
 
 @pytest.mark.parametrize('name', NAMES)
 def test_lifted_logits_and_gradients_are_the_merged(name):
-  fields = {'family': name.split()[0], **ROWS[name]}
-  config = dataclasses.replace(CONFIG, **fields)
+  config = make_config(name)
   spec = families.resolve(jlora.LoraSpec(rank=2), config)
   quant = families.resolve(jlora.QuantSpec(block_size=4), config)
   key, tokens = jax.random.key(0), jnp.arange(24).reshape(2, 12) * 5 % 96
