@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora.checkpoints import downloads, hf, shards, weights
 from jlora.checkpoints.llama_cpp import GgufModel
+from jlora.checkpoints.stored_codes import StoredCodes
 from jlora.errors import BaseModelError
 from jlora.models import layout
 from jlora.models.config import DecoderConfig
@@ -98,6 +99,11 @@ class Base:
     named = [vocab[token] for token in _END_TOKENS if token in vocab]
     ids = [self.tokenizer.eos_token_id, *self.model.eos_token_ids, *named]
     return tuple(dict.fromkeys(i for i in ids if i is not None))
+
+  @property
+  def codes(self) -> StoredCodes | None:
+    """What of it is in 4 bits in its files; None for nothing."""
+    return self.model.codes if isinstance(self.model, hf.HfModel) else None
 
   @property
   def parameters(self) -> int:

@@ -1,5 +1,6 @@
 """Hugging Face folders, read tensor by tensor: config.json and safetensors."""
 
+import functools
 import json
 import os
 import pathlib
@@ -9,18 +10,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import safetensors
 
-from jlora.checkpoints import tokenizers
+from jlora.checkpoints import bitsandbytes, tokenizers
 from jlora.checkpoints.folders import replacing
 from jlora.checkpoints.shards import (
   DTYPES,
   SINGLE,
   Header,
+  check_dtypes,
   check_folder,
   load_json,
   locate,
   read_headers,
   write_tensors,
 )
+from jlora.checkpoints.stored_codes import StoredCodes, find_codes
 from jlora.checkpoints.weights import (
   Index,
   check_sizes,
@@ -57,6 +60,7 @@ class HfModel:
   Attributes:
     folder: The folder.
     config: The decoder's sizes.
+    packed: Weights that bitsandbytes stored in 4 bits, by name.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -75,7 +79,13 @@ class HfModel:
     fields = _load_config(folder)
     check_sizes(folder / 'config.json', usual_fields(fields), len(self._files))
     self.config = read_config(fields)
-    self._dtypes = self._check_tensors()
+    self._plain = FAMILIES[self.config.family].plain
+    self._dtypes = self._check_tensors(read_headers(folder, self._files))
+
+  @functools.cached_property
+  def codes(self) -> StoredCodes | None:
+    """Which leaves are in 4 bits, as they are stored; None for none."""
+    return find_codes(self.config, self.packed)
 
   @property
   def title(self) -> str:
@@ -89,8 +99,10 @@ class HfModel:
 
   @property
   def precision(self) -> str:
-    """The dtype, or dtypes, of the weights."""
-    return ' and '.join(sorted(DTYPES[kind] for kind in self._dtypes))
+    """The dtypes of the weights, and how those in 4 bits are quantized."""
+    dense = sorted(DTYPES[kind] for kind in self._dtypes)
+    recipes = sorted({str(tensor.recipe) for tensor in self.packed.values()})
+    return ' and '.join(recipes + dense)
 
   @property
   def eos_token_ids(self) -> tuple[int, ...]:
@@ -116,35 +128,51 @@ class HfModel:
       dtype: What the values are rounded to.
       index: One slice an axis, which is all that is read; None is everything.
     """
+    if name in self.packed:
+      return self._decode(name, index).astype(dtype, copy=False)
     name = self._stored[name]
     with safetensors.safe_open(self._files[name], 'numpy') as file:
       part = file.get_slice(name)[index] if index else file.get_tensor(name)
       return part.astype(dtype, copy=False)
 
-  def _check_tensors(self) -> set[str]:
+  def _read_items(self, name: str, start: int, stop: int) -> np.ndarray:
+    """Returns items of a flattened tensor as they are stored."""
+    with safetensors.safe_open(self._files[name], 'numpy') as file:
+      return file.get_slice(name)[start:stop].reshape(-1)
+
+  def _decode(self, name: str, index: Index | None) -> np.ndarray:
+    """Returns a part of a tensor in 4 bits, which lies as [out, in] always."""
+    tensor = self.packed[name]
+    if not self._plain:
+      return tensor.decode(index)
+    return tensor.decode(index and index[::-1]).T
+
+  def _check_tensors(self, header: Header) -> set[str]:
     """Checks all headers against the config and returns the dtypes."""
-    header = read_headers(self.folder, self._files)
-    self._add_prefix(header)
-    # Some versions of transformers save what is computed, not learned.
-    buffers = FAMILIES[self.config.family].buffers
-    found = {
-      name: header[stored][0]
-      for name, stored in self._stored.items()
-      if not name.endswith(buffers)
-    }
+    packed = bitsandbytes.find_packed(self.folder, header, self._read_items)
+    self._name(n for n in header if not bitsandbytes.is_part(n, packed))
+    self.packed = {n: packed[x] for n, x in self._stored.items() if x in packed}
+    dense = {n: header[x] for n, x in self._stored.items() if x not in packed}
+    check_dtypes(self.folder, dense)
+    found = {name: shape for name, (shape, _) in dense.items()}
+    for name, tensor in self.packed.items():
+      found[name] = tensor.shape[::-1] if self._plain else tensor.shape
     wanted = stored_shapes(self.config)
     tied_head = self.config.tie_embeddings and found.pop(_HEAD, None)
     check_tensors(self.folder, found, wanted)
     if tied_head:
       self._check_tied_head()
-    return {header[self._stored[name]][1] for name in wanted}
+    return {dense[name][1] for name in wanted.keys() & dense.keys()}
 
-  def _add_prefix(self, header: Header) -> None:
+  def _name(self, names: Iterable[str]) -> None:
     """Notes the stored name of each tensor; a prefix may be missing."""
-    prefix = FAMILIES[self.config.family].prefix
-    bare = not any(name.startswith(prefix) for name in header)
+    names, family = list(names), FAMILIES[self.config.family]
+    bare = not any(name.startswith(family.prefix) for name in names)
+    # Some versions of transformers save what is computed, not learned.
     self._stored = {
-      prefix + name if bare and name != _HEAD else name: name for name in header
+      family.prefix + name if bare and name != _HEAD else name: name
+      for name in names
+      if not name.endswith(family.buffers)
     }
 
   def _check_tied_head(self) -> None:
@@ -166,12 +194,7 @@ def _load_config(folder: pathlib.Path) -> dict[str, Any]:
       ' would come with the model; it is never run. Remove the field if the'
       ' model is a plain Llama'
     )
-  if quantized := fields.get('quantization_config'):
-    raise BaseModelError(
-      f'{folder} is quantized ({quantized!r:.80}); name the unquantized model'
-      ' and let jlora quantize it'
-    )
-  return fields
+  return bitsandbytes.without_quantization(folder, fields)
 
 
 def save_folder(

@@ -115,7 +115,7 @@ def read_header(path: pathlib.Path) -> Header:
     path: A safetensors file.
 
   Raises:
-    BaseModelError: The file is damaged, or of a dtype that is not read.
+    BaseModelError: The file is damaged.
   """
   try:
     with safetensors.safe_open(path, 'numpy'), path.open('rb') as file:
@@ -132,13 +132,25 @@ def read_header(path: pathlib.Path) -> Header:
     if name in found:
       raise BaseModelError(f'{path} holds the tensor {name!r} twice')
     entry = dict(entry)
-    if entry['dtype'] not in DTYPES:
-      raise BaseModelError(
-        f'{path}: {name} has dtype {entry["dtype"]}; readable are'
-        f' {", ".join(DTYPES)}'
-      )
     found[name] = tuple(entry['shape']), entry['dtype']
   return found
+
+
+def check_dtypes(where: Any, header: Header) -> None:
+  """Checks that tensors are of dtypes that are read.
+
+  Args:
+    where: The file or folder, for the message.
+    header: Shape and dtype by name.
+
+  Raises:
+    BaseModelError: One is not.
+  """
+  for name, (_, kind) in header.items():
+    if kind not in DTYPES:
+      raise BaseModelError(
+        f'{where}: {name} has dtype {kind}; readable are {", ".join(DTYPES)}'
+      )
 
 
 def read_headers(

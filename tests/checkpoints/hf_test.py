@@ -177,7 +177,7 @@ def edit(path, **fields):
   [
     ({'model_type': 'mamba'}, "'mamba'"),
     ({'auto_map': {'AutoModel': 'x.Y'}}, 'never run'),
-    ({'quantization_config': {'load_in_4bit': True}}, 'is quantized'),
+    ({'quantization_config': {'quant_method': 'gptq'}}, 'is quantized'),
     ({'hidden_size': -64}, 'hidden_size=-64'),
     ({'hidden_size': '64'}, "hidden_size='64'"),
     ({'num_hidden_layers': 10**12}, 'num_hidden_layers=1000000000000'),
