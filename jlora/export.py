@@ -5,6 +5,11 @@ r"""Writes what a run trained in a form that other programs open.
 --to=merged  a Hugging Face folder that transformers loads: the base that was
              trained on (4-bit codes decoded) plus the update, summed in
              float32 and written in --dtype. It computes what was trained.
+             --into=original adds the update to the base's own weights, which
+             is another function.
+--to=bnb4    the base in the 4-bit codes that were trained on, as bitsandbytes
+             stores them, and the adapter for it in PATH-adapter.
+             --requantize merges the adapter and quantizes the sum.
 --to=peft    an adapter folder that PEFT loads.
 
 Instead of --run: --base=B --adapter=DIR.
@@ -24,27 +29,40 @@ if TYPE_CHECKING:
 _RUN = flags.DEFINE_string('run', None, 'Run folder.')
 _BASE = flags.DEFINE_string('base', None, 'Base model, where there is no run.')
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Adapter folder on the base.')
-_TO = flags.DEFINE_string('to', None, 'merged or peft.')
+_TO = flags.DEFINE_string('to', None, 'merged, bnb4 or peft.')
 _OUT = flags.DEFINE_string('out', None, 'Folder to write.')
 _DTYPE = flags.DEFINE_string(
-  'dtype', 'bfloat16', 'Of a merged model: bfloat16, float16 or float32.'
+  'dtype', 'bfloat16', 'Of weights: bfloat16, float16 or float32.'
 )
-_DTYPES = ('bfloat16', 'float16', 'float32')
+_INTO = flags.DEFINE_string(
+  'into', 'trained', 'What --to=merged adds to: trained or original weights.'
+)
+_SHARD = flags.DEFINE_string(
+  'max_shard_size', '50GB', 'Largest file of weights, such as 5GB.'
+)
+_REQUANTIZE = flags.DEFINE_bool(
+  'requantize', False, 'With --to=bnb4, quantize the merged weights again.'
+)
+_ANYWAY = flags.DEFINE_bool(
+  'anyway', False, 'With --requantize, write what is left of the adapter.'
+)
 _ANY_BASE = flags.DEFINE_bool(
   'allow_other_base', False, 'Accept an adapter that another base was part of.'
 )
+_CHOICES = {
+  'to': ('merged', 'bnb4', 'peft'),
+  'dtype': ('bfloat16', 'float16', 'float32'),
+  'into': ('trained', 'original'),
+}
 
 
 def main() -> None:
   """Checks the flags, then writes."""
-  if _TO.value not in ('merged', 'peft'):
-    raise ConfigError(f'--to is {_TO.value!r}; use merged or peft')
-  if not _OUT.value:
-    raise ConfigError('--out is missing; name the folder to write')
-  if _DTYPE.value not in _DTYPES:
-    raise ConfigError(f'--dtype is {_DTYPE.value!r}; use {", ".join(_DTYPES)}')
+  _check_flags()
   from jlora import runs
+  from jlora.checkpoints.shard_files import as_bytes
 
+  as_bytes(_SHARD.value)  # or it refuses, before anything is loaded
   tuned = runs.open_model(
     _RUN.value,
     _BASE.value,
@@ -52,40 +70,54 @@ def main() -> None:
     allow_other_base=_ANY_BASE.value,
   )
   out = pathlib.Path(_OUT.value)
-  if _TO.value == 'merged':
-    _write_merged(tuned, out)
-  else:
-    _write_peft(tuned, out)
+  for line in _write(tuned, out):
+    print(line)
   print(f'written to {out.absolute()}')
 
 
-def _write_merged(tuned: 'Tuned', out: pathlib.Path) -> None:
-  from jlora.checkpoints.hf import save_folder
+def _check_flags() -> None:
+  for name, known in _CHOICES.items():
+    if (value := flags.FLAGS[name].value) not in known:
+      raise ConfigError(f'--{name} is {value!r}; use {", ".join(known)}')
+  if not _OUT.value:
+    raise ConfigError('--out is missing; name the folder to write')
+  for name, value, needs in (
+    ('--into=original', _INTO.value == 'original', 'merged'),
+    ('--requantize', _REQUANTIZE.value, 'bnb4'),
+  ):
+    if value and _TO.value != needs:
+      raise ConfigError(f'{name} goes with --to={needs}, not {_TO.value}')
+  if _ANYWAY.value and not _REQUANTIZE.value:
+    raise ConfigError('--anyway goes with --requantize')
 
-  save_folder(
-    out,
-    tuned.base.config,
-    tuned.dense('float32'),
-    tuned.base.tokenizer,
-    _DTYPE.value,
-    eos_token_ids=tuned.base.eos_token_ids,
-  )
+
+def _write(tuned: 'Tuned', out: pathlib.Path) -> list[str]:
+  """Writes, and returns what there is to say."""
+  from jlora.inference import exports
+
+  files = exports.Files(dtype=_DTYPE.value, max_shard_size=_SHARD.value)
+  if _TO.value == 'peft':
+    exports.write_peft(tuned, out)
+    return []
+  if _TO.value == 'merged':
+    distance = exports.write_merged(tuned, out, files, into=_INTO.value)
+    return [f'merged into the {_INTO.value} weights: {distance}']
+  if not _REQUANTIZE.value:
+    return exports.write_packed(tuned, out, files)
+  return _requantize(tuned, out, files)
 
 
-def _write_peft(tuned: 'Tuned', out: pathlib.Path) -> None:
-  from jlora.checkpoints.peft import save_adapter
+def _requantize(tuned: 'Tuned', out: pathlib.Path, files: object) -> list[str]:
+  from jlora.inference import exports
+  from jlora.inference.requantizing import requantize
 
-  if tuned.spec is None:
-    raise ConfigError('there is no adapter to write; use --to=merged')
-  save_adapter(
-    out,
-    tuned.trainable,
-    tuned.spec,
-    tuned.base.config,
-    base_name=tuned.base.name,
-    metadata=tuned.metadata,
-    starts=tuned.starts,
-  )
+  found = requantize(tuned)
+  if not _ANYWAY.value:
+    raise ConfigError(
+      f'{found}; leave --requantize out, which writes codes and adapter apart,'
+      ' use --to=merged, or write this with --anyway'
+    )
+  return exports.write_requantized(tuned, out, files, found)
 
 
 if __name__ == '__main__':

@@ -111,6 +111,13 @@ class Base:
     leaves = layout.weights(self.config)
     return sum(math.prod(weight.shape) for weight in leaves)
 
+  def leaves(self) -> dict[str, weights.StoredLeaf]:
+    """Returns the leaves by path, still in their files, to read as float32."""
+    return {
+      weight.path: weights.StoredLeaf(self.model, weight, np.float32)
+      for weight in layout.weights(self.config)
+    }
+
   def load_params(
     self,
     dtype: np.dtype | type = np.float32,

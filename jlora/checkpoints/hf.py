@@ -1,56 +1,39 @@
 """Hugging Face folders, read tensor by tensor: config.json and safetensors."""
 
 import functools
-import json
-import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
 
 from jlora.checkpoints import bitsandbytes, tokenizers
-from jlora.checkpoints.folders import replacing
 from jlora.checkpoints.shards import (
   DTYPES,
-  SINGLE,
   Header,
   check_dtypes,
   check_folder,
   load_json,
   locate,
   read_headers,
-  write_tensors,
 )
 from jlora.checkpoints.stored_codes import StoredCodes, find_codes
 from jlora.checkpoints.weights import (
   Index,
   check_sizes,
   check_tensors,
-  listed,
+  parts_of,
   stored_shapes,
 )
-from jlora.core.tree import leaves_by_path
-from jlora.errors import BaseModelError, CheckpointError, ConfigError
+from jlora.errors import BaseModelError
 from jlora.models import layout
-from jlora.models.config import DecoderConfig
 from jlora.models.families import FAMILIES
-from jlora.models.hf_config import read_config, usual_fields, write_config
+from jlora.models.hf_config import read_config, usual_fields
 
 if TYPE_CHECKING:
-  from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+  from transformers import PreTrainedTokenizerFast
 
-_SAVED = {  # what a saved model consists of
-  'config.json',
-  'generation_config.json',
-  'model.safetensors',
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'chat_template.jinja',
-}
 _HEAD = 'lm_head.weight'
 
 
@@ -132,8 +115,7 @@ class HfModel:
       return self._decode(name, index).astype(dtype, copy=False)
     name = self._stored[name]
     with safetensors.safe_open(self._files[name], 'numpy') as file:
-      part = file.get_slice(name)[index] if index else file.get_tensor(name)
-      return part.astype(dtype, copy=False)
+      return _rounded(file.get_slice(name), index, np.dtype(dtype))
 
   def _read_items(self, name: str, start: int, stop: int) -> np.ndarray:
     """Returns items of a flattened tensor as they are stored."""
@@ -186,6 +168,21 @@ class HfModel:
       )
 
 
+def _rounded(stored: Any, index: Index | None, dtype: np.dtype) -> np.ndarray:
+  """Returns a part of a tensor, never all of it in two dtypes at once."""
+  shape = stored.get_shape()
+  first, *rest = index or tuple(slice(0, n) for n in shape)
+  if DTYPES[stored.get_dtype()] == dtype.name:
+    return stored[first, *rest]
+  rows = range(shape[0])[first]
+  sizes = (len(range(n)[s]) for n, s in zip(shape[1:], rest, strict=True))
+  result, at = np.empty((len(rows), *sizes), dtype), rows.start
+  for part in parts_of(result):
+    part[...] = stored[at : at + len(part), *rest].astype(dtype)
+    at += len(part)
+  return result
+
+
 def _load_config(folder: pathlib.Path) -> dict[str, Any]:
   fields = load_json(folder / 'config.json')
   if 'auto_map' in fields:
@@ -195,105 +192,3 @@ def _load_config(folder: pathlib.Path) -> dict[str, Any]:
       ' model is a plain Llama'
     )
   return bitsandbytes.without_quantization(folder, fields)
-
-
-def save_folder(
-  folder: str | os.PathLike[str],
-  config: DecoderConfig,
-  params: Mapping[str, Any] | Iterable[tuple[str, Any]],
-  tokenizer: 'PreTrainedTokenizerBase',
-  dtype: Any = 'float32',
-  *,
-  eos_token_ids: Sequence[int] = (),
-) -> None:
-  """Writes a model that `transformers` loads; tied heads stay tied.
-
-  The folder is written beside its place and renamed, so that it is never
-  half-written.
-
-  Args:
-    folder: Created, or replaced if it holds an earlier save.
-    config: The decoder's sizes.
-    params: The nested dict of dense arrays, or pairs of path and leaf in any
-      order, which need not all be in memory at once.
-    tokenizer: Saved with the model.
-    dtype: What the weights are rounded to: float32, bfloat16 or float16.
-    eos_token_ids: Ids that end a generation; empty for the tokenizer's own.
-
-  Raises:
-    ConfigError: `dtype` cannot hold the weights, or the folder holds
-      something else.
-    CheckpointError: The leaves are not those of `config`, or the disk refused;
-      what was there before is kept.
-  """
-  folder = pathlib.Path(folder).resolve()
-  dtype = _check_dtype(dtype)
-  _check_replaceable(folder)
-  with replacing(folder) as new:
-    write_tensors(
-      new / SINGLE, stored_shapes(config), dtype, _stored(config, params)
-    )
-    _write_metadata(new, config, tokenizer, dtype, eos_token_ids)
-
-
-def _check_dtype(dtype: Any) -> np.dtype:
-  if np.dtype(dtype).name not in DTYPES.values():
-    raise ConfigError(
-      f'weights cannot be saved as {dtype!r}; use {", ".join(DTYPES.values())}'
-    )
-  return np.dtype(dtype)
-
-
-def _check_replaceable(folder: pathlib.Path) -> None:
-  if folder.is_file():
-    raise ConfigError(f'{folder} is a file; name a new folder')
-  found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-  if others := found - _SAVED:
-    raise ConfigError(
-      f'{folder} would be replaced, but holds {listed(others)}, which a saved'
-      ' model does not; name a new folder'
-    )
-
-
-def _stored(
-  config: DecoderConfig,
-  params: Mapping[str, Any] | Iterable[tuple[str, Any]],
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields tensors with Hugging Face's names and layout."""
-  leaves = {weight.path: weight for weight in layout.weights(config)}
-  if isinstance(params, Mapping):
-    params = leaves_by_path(params).items()
-  for path, leaf in params:
-    if path not in leaves or tuple(leaf.shape) != leaves[path].shape:
-      raise CheckpointError(f'{path} {leaf.shape} is no leaf of {config}')
-    weight = leaves[path]
-    for place, name in weight.places():
-      tensor = np.asarray(leaf[place])
-      yield name, tensor.T if weight.transposed else tensor
-
-
-def _write_metadata(
-  folder: pathlib.Path,
-  config: DecoderConfig,
-  tokenizer: 'PreTrainedTokenizerBase',
-  dtype: np.dtype,
-  eos_token_ids: Sequence[int],
-) -> None:
-  ids = {
-    'bos_token_id': tokenizer.bos_token_id,
-    'eos_token_id': list(eos_token_ids) or tokenizer.eos_token_id,
-    'pad_token_id': tokenizer.pad_token_id,
-  }
-  fields = {**write_config(config), **ids, 'dtype': dtype.name}
-  _write_json(folder / 'config.json', fields)
-  _write_json(folder / 'generation_config.json', ids)
-  tokenizer.save_pretrained(folder)
-  # The name that every version of transformers knows its own class by.
-  path = folder / 'tokenizer_config.json'
-  _write_json(
-    path, {**load_json(path), 'tokenizer_class': 'PreTrainedTokenizerFast'}
-  )
-
-
-def _write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')

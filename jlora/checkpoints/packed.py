@@ -33,7 +33,7 @@ STORAGE = {  # dtypes that codes may be stored as, and bytes of each
   'F64': 8,
 }
 
-_CHUNK = 1 << 22  # values decoded at once
+_CHUNK = 1 << 20  # values decoded at once
 
 # (name of a tensor, items from, items to) -> those of the flattened tensor
 Read = Callable[[str, int, int], np.ndarray]
