@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -106,7 +109,7 @@ def test_levels_of_another_table_are_decoded_by_it(tiny_base, tmp_path):
   np.testing.assert_array_equal(found, decode(tensors, UP))
 
 
-def test_pieces_on_several_devices_are_those_of_one(tiny_base, tmp_path):
+def test_a_part_of_the_blocks_is_read_as_that_part(tiny_base, tmp_path):
   write_packed(tiny_base, tmp_path / 'b')
   leaf = open_base(str(tmp_path / 'b')).codes.leaves
   leaf = leaf['layers/mlp/down_proj/kernel']
@@ -114,6 +117,46 @@ def test_pieces_on_several_devices_are_those_of_one(tiny_base, tmp_path):
   part = leaf.blocks((slice(1, 2), slice(1, 2), slice(16, 48)))
   np.testing.assert_array_equal(part[0], whole[0][1:, 32:, 16:48])
   np.testing.assert_array_equal(part[1], whole[1][1:, 1:, 16:48])
+
+
+ON_A_MESH = """
+import sys
+import jax
+import numpy as np
+from jlora.checkpoints.bases import open_base
+from jlora.checkpoints.placement import load_split
+from jlora.core.tree import arrays_by_path
+from jlora.core.plan import is_frozen_leaf
+from jlora.models import families
+from jlora.parallel.mesh import make_mesh
+from jlora.parallel.shardings import make_shardings
+
+base = open_base(sys.argv[1])
+quant = families.resolve(base.codes.quant, base.config)
+args = jax.random.key(0), base, None, quant, np.float32
+one = load_split(*args)[0]
+leaves = arrays_by_path(one, is_frozen_leaf)
+cuts = make_shardings(leaves, families.SHARDING, make_mesh(1, 2, 2))
+many = load_split(*args, shardings=cuts)[0]
+jax.tree.map(np.testing.assert_array_equal, one, many)
+up = many['layers']['mlp']['up_proj']['kernel']
+assert up.codes.sharding.spec[1:] == ('fsdp', 'tensor'), up.codes.sharding
+assert up.codes.addressable_shards[0].data.shape == (2, 16, 64)
+"""
+
+
+def test_codes_cut_over_a_mesh_are_those_of_one_device(tiny_base, tmp_path):
+  write_packed(tiny_base, tmp_path / 'b', blocksize=32)
+  flags = '--xla_force_host_platform_device_count=4'
+  ended = subprocess.run(
+    [sys.executable, '-c', ON_A_MESH, str(tmp_path / 'b')],
+    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert ended.returncode == 0, ended.stderr
 
 
 @pytest.fixture(scope='module')
