@@ -8,8 +8,9 @@ r"""Writes what a run trained in a form that other programs open.
              --into=original adds the update to the base's own weights, which
              is another function.
 --to=bnb4    the base in the 4-bit codes that were trained on, as bitsandbytes
-             stores them, and the adapter for it in PATH-adapter.
-             --requantize merges the adapter and quantizes the sum.
+             stores them, and the adapter for it in PATH-adapter. A base that is
+             stored so already is copied. --requantize merges the adapter and
+             quantizes the sum, once --anyway says that this is meant.
 --to=peft    an adapter folder that PEFT loads.
 
 Instead of --run: --base=B --adapter=DIR.

@@ -9,11 +9,15 @@ import pytest
 
 import jlora
 from jlora.checkpoints.bases import open_base
-from jlora.checkpoints.placement import load_frozen
+from jlora.checkpoints.peft import save_adapter
+from jlora.checkpoints.placement import load_frozen, load_split
 from jlora.checkpoints.stored_codes import agree
+from jlora.core.quantized import is_quantized
 from jlora.core.tree import leaves_by_path
 from jlora.errors import BaseModelError, ConfigError
+from jlora.inference.tuned import load_tuned
 from jlora.models import families
+from jlora.planning.sizes import read_sizes
 from tests.checkpoints.packing_4bit import (
   decode,
   is_linear,
@@ -127,7 +131,9 @@ from jlora.checkpoints.bases import open_base
 from jlora.checkpoints.placement import load_split
 from jlora.core.tree import arrays_by_path
 from jlora.core.plan import is_frozen_leaf
+from jlora.inference.tuned import load_tuned
 from jlora.models import families
+from jlora.planning.sizes import read_sizes
 from jlora.parallel.mesh import make_mesh
 from jlora.parallel.shardings import make_shardings
 
@@ -262,10 +268,30 @@ def test_other_quantizations_are_refused_by_name(
 
 
 def test_a_base_without_an_adapter_computes_with_its_codes(packed_base):
-  from jlora.inference.tuned import load_tuned
-
   tuned = load_tuned(packed_base.name)
-  leaves = leaves_by_path(tuned.frozen, jlora.core.quantized.is_quantized)
-  assert sum(isinstance(x, jlora.QuantizedArray) for x in leaves.values()) == 7
+  leaves = leaves_by_path(tuned.frozen, is_quantized)
+  assert sum(map(is_quantized, leaves.values())) == 7
   decoded = packed_base.load_params()
   jax.tree.map(np.testing.assert_array_equal, tuned.dense('float32'), decoded)
+
+
+def test_an_adapter_of_peft_stands_on_the_codes_of_its_base(
+  packed_base, tmp_path
+):
+  base = packed_base
+  spec = families.resolve(jlora.LoraSpec(rank=4), base.config)
+  key = jax.random.key(0)
+  _, trainable, _ = load_split(key, base, spec, None, np.float32)
+  config = base.config
+  save_adapter(
+    tmp_path / 'a', trainable, spec, config, base_name=base.name, metadata={}
+  )
+  (tmp_path / 'a' / 'jlora_metadata.json').unlink()
+  with pytest.warns(UserWarning, match='not known to belong'):
+    tuned = load_tuned(base.name, tmp_path / 'a')
+  leaves = leaves_by_path(tuned.frozen, is_quantized)
+  assert sum(map(is_quantized, leaves.values())) == 7
+
+
+def test_the_sizes_of_a_folder_in_4_bits_can_be_planned(packed_base):
+  assert read_sizes(packed_base.name) == packed_base.config
