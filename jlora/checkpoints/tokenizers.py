@@ -15,11 +15,13 @@ from jlora.errors import BaseModelError
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
 
-_KEY = 'tokenizer.ggml'
+KEY = 'tokenizer.ggml'
 # Token types.
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
+NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = range(1, 7)
+# Of a special token in transformers, its name in GGUF.
+SPECIAL = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
 
-_SPACE = '▁'  # how SentencePiece spells a space
+SPELLED_SPACE = '▁'  # how SentencePiece spells a space
 
 
 def from_gguf(metadata: Mapping[str, Any]) -> 'PreTrainedTokenizerFast':
@@ -40,7 +42,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> 'PreTrainedTokenizerFast':
 
   tokens = _tokens(metadata)
   special = _special_tokens(metadata, tokens)
-  kind = metadata.get(f'{_KEY}.model')
+  kind = metadata.get(f'{KEY}.model')
   if kind == 'gpt2':
     backend, adds_bos = _byte_level(metadata, tokens)
   elif kind == 'llama':
@@ -51,39 +53,38 @@ def from_gguf(metadata: Mapping[str, Any]) -> 'PreTrainedTokenizerFast':
       " ('gpt2') and SentencePiece's ('llama') are rebuilt from metadata. Load"
       ' the model from its Hugging Face folder instead'
     )
-  _add_tokens(backend, tokens, metadata.get(f'{_KEY}.token_type', ()))
-  adds_bos = bool(metadata.get(f'{_KEY}.add_bos_token', adds_bos))
+  _add_tokens(backend, tokens, metadata.get(f'{KEY}.token_type', ()))
+  adds_bos = bool(metadata.get(f'{KEY}.add_bos_token', adds_bos))
   return PreTrainedTokenizerFast(
     tokenizer_object=backend,
     chat_template=metadata.get('tokenizer.chat_template'),
     add_bos_token=adds_bos and 'bos_token' in special,
-    add_eos_token=bool(metadata.get(f'{_KEY}.add_eos_token', False)),
+    add_eos_token=bool(metadata.get(f'{KEY}.add_eos_token', False)),
     clean_up_tokenization_spaces=False,
     **special,
   )
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:
-  tokens = metadata.get(f'{_KEY}.tokens')
+  tokens = metadata.get(f'{KEY}.tokens')
   if not isinstance(tokens, list) or not tokens:
-    raise BaseModelError(f'the GGUF file has no list {_KEY}.tokens')
+    raise BaseModelError(f'the GGUF file has no list {KEY}.tokens')
   if len(set(tokens)) != len(tokens):
-    raise BaseModelError(f'{_KEY}.tokens of the GGUF file repeats a token')
+    raise BaseModelError(f'{KEY}.tokens of the GGUF file repeats a token')
   return tokens
 
 
 def _special_tokens(
   metadata: Mapping[str, Any], tokens: Sequence[str]
 ) -> dict[str, str]:
-  names = {'bos': 'bos', 'eos': 'eos', 'unk': 'unknown', 'pad': 'padding'}
   special = {}
-  for name, key in names.items():
-    token_id = metadata.get(f'{_KEY}.{key}_token_id')
+  for name, key in SPECIAL.items():
+    token_id = metadata.get(f'{KEY}.{key}_token_id')
     if token_id is None:
       continue
     if not 0 <= token_id < len(tokens):
       raise BaseModelError(
-        f'{_KEY}.{key}_token_id of the GGUF file is {token_id}, but it has'
+        f'{KEY}.{key}_token_id of the GGUF file is {token_id}, but it has'
         f' {len(tokens)} tokens'
       )
     special[f'{name}_token'] = tokens[token_id]
@@ -94,7 +95,7 @@ def _byte_level(
   metadata: Mapping[str, Any], tokens: Sequence[str]
 ) -> tuple[tokenizers.Tokenizer, bool]:
   """Returns byte-level BPE, and whether a start token is its habit."""
-  pre = metadata.get(f'{_KEY}.pre', 'default')
+  pre = metadata.get(f'{KEY}.pre', 'default')
   if pre not in CUTS:
     raise BaseModelError(
       f"the GGUF file's tokenizer cuts text the way {pre!r}, which is not known"
@@ -103,7 +104,7 @@ def _byte_level(
     )
   cut = CUTS[pre]
   vocab = {token: i for i, token in enumerate(tokens)}
-  pairs = _merges(metadata.get(f'{_KEY}.merges', ()), vocab)
+  pairs = _merges(metadata.get(f'{KEY}.merges', ()), vocab)
   backend = tokenizers.Tokenizer(
     models.BPE(vocab, pairs, ignore_merges=cut.ignore_merges)
   )
@@ -121,7 +122,7 @@ def _merges(
   for pair in pairs:
     if len(pair) != 2 or not vocab.keys() >= {*pair, ''.join(pair)}:
       raise BaseModelError(
-        f'{_KEY}.merges of the GGUF file has the entry {" ".join(pair)!r},'
+        f'{KEY}.merges of the GGUF file has the entry {" ".join(pair)!r},'
         ' which does not join two of its tokens to a third'
       )
   return pairs
@@ -131,15 +132,15 @@ def _sentence_piece(
   metadata: Mapping[str, Any], tokens: Sequence[str]
 ) -> tokenizers.Tokenizer:
   """Returns BPE over characters, with bytes for those that are no tokens."""
-  scores = np.asarray(metadata.get(f'{_KEY}.scores', ()))
-  types = np.asarray(metadata.get(f'{_KEY}.token_type', ()))
+  scores = np.asarray(metadata.get(f'{KEY}.scores', ()))
+  types = np.asarray(metadata.get(f'{KEY}.token_type', ()))
   if not len(scores) == len(types) == len(tokens):
     raise BaseModelError(
-      f'the GGUF file has {len(tokens)} tokens, but {len(scores)} {_KEY}.scores'
-      f' and {len(types)} {_KEY}.token_type'
+      f'the GGUF file has {len(tokens)} tokens, but {len(scores)} {KEY}.scores'
+      f' and {len(types)} {KEY}.token_type'
     )
   vocab = {token: i for i, token in enumerate(tokens)}
-  merged = np.flatnonzero(np.isin(types, (_NORMAL, _USER_DEFINED, _UNUSED)))
+  merged = np.flatnonzero(np.isin(types, (NORMAL, USER_DEFINED, UNUSED)))
   best_first = merged[np.argsort(-scores[merged], kind='stable')]
   pairs = [
     (token[:i], token[i:])
@@ -147,7 +148,7 @@ def _sentence_piece(
     for i in range(1, len(token))
     if token[:i] in vocab and token[i:] in vocab
   ]
-  unknown = metadata.get(f'{_KEY}.unknown_token_id', 0)
+  unknown = metadata.get(f'{KEY}.unknown_token_id', 0)
   backend = tokenizers.Tokenizer(
     models.BPE(
       vocab,
@@ -157,12 +158,14 @@ def _sentence_piece(
       byte_fallback=True,
     )
   )
-  steps = [normalizers.Replace(' ', _SPACE)]
+  steps = [normalizers.Replace(' ', SPELLED_SPACE)]
   spelled = [
-    decoders.Replace(_SPACE, ' '), decoders.ByteFallback(), decoders.Fuse()
-  ]  # fmt: skip
-  if metadata.get(f'{_KEY}.add_space_prefix', True):
-    steps.insert(0, normalizers.Prepend(_SPACE))
+    decoders.Replace(SPELLED_SPACE, ' '),
+    decoders.ByteFallback(),
+    decoders.Fuse(),
+  ]
+  if metadata.get(f'{KEY}.add_space_prefix', True):
+    steps.insert(0, normalizers.Prepend(SPELLED_SPACE))
     spelled.append(decoders.Strip(' ', 1, 0))
   backend.normalizer = normalizers.Sequence(steps)
   backend.decoder = decoders.Sequence(spelled)
@@ -184,8 +187,8 @@ def _add_tokens(
       for i in ids[ids < len(tokens)]
     ]
 
-  backend.add_special_tokens(of_type(_CONTROL, True))
-  backend.add_tokens(of_type(_USER_DEFINED, False))
+  backend.add_special_tokens(of_type(CONTROL, True))
+  backend.add_tokens(of_type(USER_DEFINED, False))
 
 
 def from_folder(

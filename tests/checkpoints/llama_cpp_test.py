@@ -4,7 +4,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.checkpoints.llama_cpp import GgufModel, rotary_rows
+from jlora.checkpoints.gguf_layout import rotary_rows
+from jlora.checkpoints.llama_cpp import GgufModel
 from jlora.checkpoints.weights import load_params
 from jlora.errors import BaseModelError
 from jlora.models import rotary
@@ -86,6 +87,15 @@ def test_another_model_than_announced_is_refused(
   path = write_gguf(tmp_path / 'x.gguf', **changes)
   with pytest.raises(BaseModelError, match=message):
     GgufModel(path)
+
+
+def test_a_window_that_llama_cpp_leaves_out_is_said(
+  write_gguf, tmp_path, tiny_config
+):
+  keys = {'attention.sliding_window': 32}
+  path = write_gguf(tmp_path / 'x.gguf', keys=keys)
+  with pytest.warns(UserWarning, match='sliding_window=32, which llama.cpp'):
+    assert GgufModel(path).config == tiny_config
 
 
 def test_another_architecture_is_refused(write_gguf, tmp_path):

@@ -1,5 +1,4 @@
 import copy
-import random
 
 import gguf
 import numpy as np
@@ -9,26 +8,7 @@ from jlora.checkpoints import tokenizers
 from jlora.checkpoints.cuts import CUTS
 from jlora.checkpoints.gguf import GgufFile
 from jlora.errors import BaseModelError
-
-PARTS = (
-  'hello', ' World', ' the', "don't", "I'LL", 'naïve', 'é', 'ß', 'İ', '𝔘',
-  'a' * 30, '中文字', '日本語', '🙂', '👩‍👩‍👧', '\u200d', '\ufeff',
-  '\u00a0', '\u3000', ' ', '  ', '    ', '\n', '\n\n', '\r\n', '\t', '\x00',
-  '\x7f', '1', '42', '3.14', '１２', '½', '²', '०१', '{"a": [1, 2]}', '==',
-  'def f(x):\n    return x ** 2',
-  'http://x.y/z?q=1&r=2', '<|im_start|>', '<|im_end|>', '<|endoftext|>',
-  '<|im_', 'user\n', '<repo_name>',
-)  # fmt: skip
-
-
-def strings(count):
-  rng = random.Random(0)
-  for i in range(count):
-    if i % 4:
-      yield ''.join(rng.choices(PARTS, k=rng.randint(1, 12)))
-      continue
-    ranges = [(32, 127), (160, 0x3000), (0x1F300, 0x1FAFF)]
-    yield ''.join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(30))
+from tests.texts import spaced, strings
 
 
 def transformers_tokenizer(path):
@@ -121,29 +101,6 @@ def test_every_cut_is_that_of_transformers(name, write_gguf, tmp_path):
     assert found.pre_tokenize_str(text) == expected.pre_tokenize_str(text)
 
 
-@pytest.fixture(scope='module')
-def pieces_of_text():
-  """Metadata of a small SentencePiece model, as llama.cpp stores it."""
-  special = ['<unk>', '<s>', '</s>', '<|user|>']
-  found = [f'<0x{i:02X}>' for i in range(256)]
-  words = ['▁the', '▁th', 'he', '▁t', 'er', '▁a', '▁▁', '▁▁▁', 'ou', '▁you']
-  words += ['hello', 'hell', 'lo', 'll', 'el', '▁world', '▁w', 'or', 'ld']
-  words += ['中文', '\n\n', *sorted(set('▁etaohilrsduwnmfy.,12中文é'))]
-  tokens = special + found + words
-  types = [2, 3, 3, 4, *[6] * 256, *[1] * len(words)]
-  scores = [0.0] * 260 + [-float(i) for i in range(len(words))]
-  key = 'tokenizer.ggml'
-  return {
-    f'{key}.model': 'llama',
-    f'{key}.tokens': tokens,
-    f'{key}.scores': scores,
-    f'{key}.token_type': types,
-    f'{key}.bos_token_id': 1,
-    f'{key}.eos_token_id': 2,
-    f'{key}.unknown_token_id': 0,
-  }
-
-
 def oracle_of(metadata, architecture, folder):
   """What transformers builds from the same metadata."""
   pytest.importorskip('torch')
@@ -159,15 +116,6 @@ def oracle_of(metadata, architecture, folder):
     getattr(writer, f'write_{step}_to_file')()
   writer.close()
   return AutoTokenizer.from_pretrained(folder, gguf_file='x.gguf')
-
-
-def spaced(count):
-  """Strings around words that the small model has."""
-  rng = random.Random(1)
-  parts = ('the', ' the', ' you', 'hello', '  ', ' ', '12', '中文', 'é', '🙂',
-           '\n\n', ' world', 'zq', '<|user|>', '<s>', '.', 'ther')  # fmt: skip
-  for _ in range(count):
-    yield ''.join(rng.choices(parts, k=rng.randint(1, 9)))
 
 
 # The class that transformers takes for Llama adds no space to a text that
