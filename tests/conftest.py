@@ -104,7 +104,7 @@ def tiny_base(tmp_path_factory):
   """A Hugging Face folder: two random layers and a byte-level tokenizer."""
   from jlora.checkpoints.hf import save_folder
   from jlora.core.tree import nest
-  from jlora.models import families
+  from jlora.models import layout
   from jlora.models.config import DecoderConfig
 
   config = DecoderConfig(
@@ -122,7 +122,7 @@ def tiny_base(tmp_path_factory):
     w.path: np.ones(w.shape, 'f4')
     if w.path.endswith('scale')
     else random.normal(0, 0.1, w.shape).astype('f4')
-    for w in families.weights(config)
+    for w in layout.weights(config)
   }
   folder = tmp_path_factory.mktemp('base') / 'tiny'
   save_folder(folder, config, nest(leaves), _make_tokenizer())

@@ -6,13 +6,14 @@ import numpy as np
 import pytest
 
 from jlora.core.tree import leaves_by_path, nest
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.config import DecoderConfig
 from jlora.models.hf_config import write_config
 from jlora.models.rope_scaling import (
   DynamicScaling,
   LinearScaling,
   Llama3Scaling,
+  LongScaling,
   YarnScaling,
 )
 
@@ -29,6 +30,22 @@ CONFIG = DecoderConfig(
 QKV = ('q_proj', 'k_proj', 'v_proj')
 MLP = ('gate_proj', 'up_proj', 'down_proj')
 WINDOW = {'sliding_window': 7}
+GEMMA = {
+  'activation': 'gelu',
+  'norm': 'rms_plus_one',
+  'post_norms': True,
+  'scaled_embeddings': True,
+  'query_scalar': 10,
+  'local_layers': (0, 2),
+  **WINDOW,
+}
+PHI = {'fused': ('qkv_proj', 'gate_up_proj'), 'head_dim': 8}
+LONG = LongScaling(
+  short_factor=(1.0, 1.1, 1.2),
+  long_factor=(1.5, 2.0, 3.0),
+  original_max_positions=16,
+  max_positions=64,
+)
 YARN = YarnScaling(factor=4.0, original_max_positions=16)
 
 # A row a family, and one for each of its switches.
@@ -66,6 +83,34 @@ ROWS = {
     **WINDOW,
     'local_layers': (0, 2),
   },
+  'phi3': {**PHI, **WINDOW, 'local_layers': (0, 1, 2)},
+  'phi3 partly rotated': {**PHI, 'rotary_share': 0.75, 'tie_embeddings': False},
+  'phi3 longrope': {**PHI, 'rotary_share': 0.75, 'rope_scaling': LONG},
+  'gemma2': {**GEMMA, 'attention_cap': 5.0, 'logit_cap': 3.0},
+  'gemma3_text': {
+    **GEMMA,
+    'qk_norm': True,
+    'rope_theta': 500.0,
+    'local_rope_theta': 50.0,
+    'rope_scaling': LinearScaling(factor=3.0),
+  },
+  'gemma3_text whole': {
+    **GEMMA,
+    'qk_norm': True,
+    'local_layers': (),
+    'sliding_window': None,
+    'local_rope_theta': 50.0,
+  },
+  'gpt2': {
+    'activation': 'gelu',
+    'biases': ('qkv_proj', 'o_proj', 'up_proj', 'down_proj'),
+    'fused': ('qkv_proj',),
+    'gated': False,
+    'head_dim': 8,
+    'kv_heads': 4,
+    'learned_positions': True,
+    'norm': 'layer',
+  },
 }
 
 
@@ -84,7 +129,7 @@ def make_params(config, seed=0):
       weight.path: rng.normal(
         float(weight.path.endswith('scale')), 0.2, weight.shape
       ).astype('f4')
-      for weight in families.weights(config)
+      for weight in layout.weights(config)
     }
   )
 
@@ -92,10 +137,10 @@ def make_params(config, seed=0):
 def stored(config, params):
   """Returns a decoder's tensors as Hugging Face stores them, by name."""
   leaves, tensors = leaves_by_path(params), {}
-  for weight in families.weights(config):
+  for weight in layout.weights(config):
     leaf = np.asarray(leaves[weight.path])
-    for i, name in enumerate(weight.tensors):
-      part = leaf[i] if weight.stacked else leaf
+    for place, name in weight.places():
+      part = leaf[place]
       tensors[name] = part.T if weight.transposed else part
   return tensors
 
@@ -114,7 +159,8 @@ def make_oracle(config, params):
     for name, tensor in stored(config, params).items()
   }
   if config.tie_embeddings:
-    state['lm_head.weight'] = state['model.embed_tokens.weight']
+    embedding = layout.module_of(config, 'embed')
+    state['lm_head.weight'] = state[f'{embedding}.weight']
   oracle.load_state_dict(state, strict=True)
   return oracle.eval()
 

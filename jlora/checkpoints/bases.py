@@ -11,7 +11,7 @@ import numpy as np
 from jlora.checkpoints import downloads, hf, shards, weights
 from jlora.checkpoints.llama_cpp import GgufModel
 from jlora.errors import BaseModelError
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.config import DecoderConfig
 from jlora.parallel import processes
 
@@ -102,7 +102,7 @@ class Base:
   @property
   def parameters(self) -> int:
     """Number of parameters."""
-    leaves = families.weights(self.config)
+    leaves = layout.weights(self.config)
     return sum(math.prod(weight.shape) for weight in leaves)
 
   def load_params(

@@ -14,6 +14,7 @@ from jlora.checkpoints.folders import replacing
 from jlora.checkpoints.shards import (
   DTYPES,
   SINGLE,
+  Header,
   check_folder,
   load_json,
   locate,
@@ -29,9 +30,10 @@ from jlora.checkpoints.weights import (
 )
 from jlora.core.tree import leaves_by_path
 from jlora.errors import BaseModelError, CheckpointError, ConfigError
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.config import DecoderConfig
-from jlora.models.hf_config import read_config, write_config
+from jlora.models.families import FAMILIES
+from jlora.models.hf_config import read_config, usual_fields, write_config
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -47,8 +49,6 @@ _SAVED = {  # what a saved model consists of
   'chat_template.jinja',
 }
 _HEAD = 'lm_head.weight'
-# Saved by old versions of transformers; computed, not learned.
-_BUFFER = '.self_attn.rotary_emb.inv_freq'
 
 
 class HfModel:
@@ -73,7 +73,7 @@ class HfModel:
     self.folder = folder
     self._files = locate(folder)
     fields = _load_config(folder)
-    check_sizes(folder / 'config.json', fields, len(self._files))
+    check_sizes(folder / 'config.json', usual_fields(fields), len(self._files))
     self.config = read_config(fields)
     self._dtypes = self._check_tensors()
 
@@ -116,6 +116,7 @@ class HfModel:
       dtype: What the values are rounded to.
       index: One slice an axis, which is all that is read; None is everything.
     """
+    name = self._stored[name]
     with safetensors.safe_open(self._files[name], 'numpy') as file:
       part = file.get_slice(name)[index] if index else file.get_tensor(name)
       return part.astype(dtype, copy=False)
@@ -123,24 +124,34 @@ class HfModel:
   def _check_tensors(self) -> set[str]:
     """Checks all headers against the config and returns the dtypes."""
     header = read_headers(self.folder, self._files)
+    self._add_prefix(header)
+    # Some versions of transformers save what is computed, not learned.
+    buffers = FAMILIES[self.config.family].buffers
     found = {
-      name: shape
-      for name, (shape, _) in header.items()
-      if not name.endswith(_BUFFER)
+      name: header[stored][0]
+      for name, stored in self._stored.items()
+      if not name.endswith(buffers)
     }
     wanted = stored_shapes(self.config)
     tied_head = self.config.tie_embeddings and found.pop(_HEAD, None)
     check_tensors(self.folder, found, wanted)
     if tied_head:
       self._check_tied_head()
-    return {header[name][1] for name in wanted}
+    return {header[self._stored[name]][1] for name in wanted}
+
+  def _add_prefix(self, header: Header) -> None:
+    """Notes the stored name of each tensor; a prefix may be missing."""
+    prefix = FAMILIES[self.config.family].prefix
+    bare = not any(name.startswith(prefix) for name in header)
+    self._stored = {
+      prefix + name if bare and name != _HEAD else name: name for name in header
+    }
 
   def _check_tied_head(self) -> None:
     """A head that is saved although it is tied must be the embedding."""
-    head = self.read('lm_head.weight', np.float32)
-    if not np.array_equal(
-      head, self.read('model.embed_tokens.weight', np.float32)
-    ):
+    head = self.read(_HEAD, np.float32)
+    embedding = layout.module_of(self.config, 'embed') + '.weight'
+    if not np.array_equal(head, self.read(embedding, np.float32)):
       raise BaseModelError(
         f'{self.folder} holds an output head that differs from the embedding,'
         ' but config.json ties them; set tie_word_embeddings to false there'
@@ -226,15 +237,15 @@ def _stored(
   params: Mapping[str, Any] | Iterable[tuple[str, Any]],
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields tensors with Hugging Face's names and layout."""
-  leaves = {weight.path: weight for weight in families.weights(config)}
+  leaves = {weight.path: weight for weight in layout.weights(config)}
   if isinstance(params, Mapping):
     params = leaves_by_path(params).items()
   for path, leaf in params:
     if path not in leaves or tuple(leaf.shape) != leaves[path].shape:
       raise CheckpointError(f'{path} {leaf.shape} is no leaf of {config}')
     weight = leaves[path]
-    for i, name in enumerate(weight.tensors):
-      tensor = np.asarray(leaf[i] if weight.stacked else leaf)
+    for place, name in weight.places():
+      tensor = np.asarray(leaf[place])
       yield name, tensor.T if weight.transposed else tensor
 
 

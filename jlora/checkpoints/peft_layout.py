@@ -12,7 +12,7 @@ import numpy as np
 
 from jlora.checkpoints.peft_tensors import check_finite
 from jlora.errors import AdapterError
-from jlora.models.families import Weight
+from jlora.models.layout import Weight
 
 Node = Mapping[str, np.ndarray]  # of `trainable`: all of a leaf, or one layer
 Shapes = Mapping[str, tuple[int, ...]]

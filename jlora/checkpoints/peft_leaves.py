@@ -9,8 +9,8 @@ from jlora.checkpoints.peft_layout import Layout, Node, Part, Shapes, Share
 from jlora.checkpoints.peft_modules import Modules
 from jlora.checkpoints.peft_selection import Selection
 from jlora.errors import AdapterError
-from jlora.models import families
 from jlora.models.config import DecoderConfig
+from jlora.models.layout import weights
 
 _MAGNITUDE = Part('lora_magnitude_vector')
 _LINEAR = {
@@ -53,7 +53,7 @@ class Pair(Layout):
   @property
   def shares(self) -> list[Share]:
     """One a module with a pair, and the twin."""
-    parts = _LINEAR if self.weight.transposed else _EMBEDDING
+    parts = _LINEAR if self.weight.linear else _EMBEDDING
     shares = [
       Share(module, parts, self._shapes(rank))
       for module, rank in zip(self.weight.modules, self.ranks, strict=True)
@@ -156,7 +156,7 @@ class Rows(Layout):
   @property
   def shapes(self) -> Shapes:
     """Number of rows, and size of one."""
-    axis = 0 if self.weight.transposed else 1
+    axis = 0 if self.weight.linear else 1
     return {'rows': (len(self.ids), self.weight.shape[axis])}
 
   @property
@@ -184,7 +184,7 @@ def make_layouts(
     base: Its modules.
   """
   layouts: dict[str, Layout] = {}
-  for weight in families.weights(config):
+  for weight in weights(config):
     first, twin = weight.modules[0], base.twin(weight.modules[0])
     ranks = tuple(pair[0] if pair else 0 for pair in selection.pairs_of(weight))
     if any(ranks):

@@ -2,10 +2,9 @@
 
 import dataclasses
 
-from jlora.models import families
 from jlora.models.config import DecoderConfig
-
-_EMBEDDING, _HEAD = 'model.embed_tokens', 'lm_head'
+from jlora.models.families import FAMILIES
+from jlora.models.layout import module_of, weights
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,6 +18,7 @@ class Modules:
     head: The one that makes logits.
     shared: Those that are one tensor: embedding and head, or none.
     stacks: Those that are one stacked leaf, for each of these leaves.
+    plain: Whether the kernels of linear layers are stored as [in, out].
     layers: Number of decoder layers.
     vocab_size: Rows of the embedding.
   """
@@ -29,6 +29,7 @@ class Modules:
   head: str
   shared: frozenset[str]
   stacks: tuple[tuple[str, ...], ...]
+  plain: bool
   layers: int
   vocab_size: int
 
@@ -40,14 +41,16 @@ class Modules:
 
 def make_modules(config: DecoderConfig) -> Modules:
   """Returns the modules of a decoder."""
-  weights = list(families.weights(config))
+  leaves = list(weights(config))
+  embedding, head = (module_of(config, x) for x in ('embed', 'lm_head'))
   return Modules(
-    every=frozenset([*(m for w in weights for m in w.modules), _HEAD]),
-    linear=frozenset(m for w in weights if w.transposed for m in w.modules),
-    embedding=_EMBEDDING,
-    head=_HEAD,
-    shared=frozenset([_EMBEDDING, _HEAD] if config.tie_embeddings else []),
-    stacks=tuple(dict.fromkeys(w.modules for w in weights if w.stacked)),
+    every=frozenset([*(m for w in leaves for m in w.modules), head]),
+    linear=frozenset(m for w in leaves if w.linear for m in w.modules),
+    embedding=embedding,
+    head=head,
+    shared=frozenset([embedding, head] if config.tie_embeddings else []),
+    stacks=tuple(dict.fromkeys(w.modules for w in leaves if w.stacked)),
+    plain=FAMILIES[config.family].plain,
     layers=config.layers,
     vocab_size=config.vocab_size,
   )

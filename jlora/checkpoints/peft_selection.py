@@ -14,9 +14,9 @@ from jlora.core import axes, targets
 from jlora.core.lora import LoraSpec
 from jlora.core.plan import Plan, make_plan
 from jlora.errors import AdapterError
-from jlora.models import families
+from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
-from jlora.models.families import Weight
+from jlora.models.layout import Weight
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -80,7 +80,7 @@ def select(spec: LoraSpec, config: DecoderConfig) -> Selection:
     ConfigError: The spec does not fit the decoder.
   """
   base = make_modules(config)
-  weights = {weight.path: weight for weight in families.weights(config)}
+  weights = {weight.path: weight for weight in layout.weights(config)}
   leaves = {
     path: jax.ShapeDtypeStruct(weight.shape, np.float32)
     for path, weight in weights.items()
@@ -120,7 +120,7 @@ def _pairs(
   """Yields every module with a pair, its rank and its alpha."""
   for path, adapted in plan.adapted.items():
     weight = weights[path]
-    if not weight.transposed and base.embedding not in weight.modules:
+    if not weight.linear and base.embedding not in weight.modules:
       raise AdapterError(
         f'{path!r} is neither a linear layer nor the embedding, and PEFT has no'
         ' low-rank pair for it; train it with train_full'
@@ -196,7 +196,7 @@ def spec_of(selection: Selection, config: DecoderConfig) -> LoraSpec:
   ranks: list[tuple[str, int]] = []
   alphas: list[tuple[str, float]] = []
   whole, rows = [], []
-  for weight in families.weights(config):
+  for weight in layout.weights(config):
     first = weight.modules[0]
     pairs = selection.pairs_of(weight)
     if any(pairs):

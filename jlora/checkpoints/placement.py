@@ -24,7 +24,7 @@ from jlora.core.split import (
   split_leaf,
 )
 from jlora.core.tree import leaves_by_path, nest, nodes_by_path
-from jlora.models import families
+from jlora.models import layout
 from jlora.parallel.shardings import Shardings
 
 
@@ -64,7 +64,7 @@ def load_split(
     ConfigError: The specs do not fit the base.
     BaseModelError: A tensor is damaged.
   """
-  split = make_split(families.shapes(base.config), spec, quant)
+  split = make_split(layout.shapes(base.config), spec, quant)
   trained, found = {}, {}
 
   def place(path: str, leaf: StoredLeaf) -> Any:

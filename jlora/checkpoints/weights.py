@@ -8,7 +8,7 @@ import numpy as np
 
 from jlora.core.tree import nest
 from jlora.errors import BaseModelError
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.config import DecoderConfig
 
 Index = tuple[slice, ...]  # one slice an axis, of step 1
@@ -16,6 +16,9 @@ _SIZES = {
   'vocab_size': 1 << 24,
   'hidden_size': 1 << 20,
   'intermediate_size': 1 << 24,
+  'moe_intermediate_size': 1 << 24,
+  'num_local_experts': 1 << 16,
+  'num_experts_per_tok': 1 << 16,
   'num_hidden_layers': 1 << 16,
   'num_attention_heads': 1 << 16,
   'num_key_value_heads': 1 << 16,
@@ -49,7 +52,7 @@ class StoredLeaf:
     dtype: What its values are rounded to as they are read.
   """
 
-  def __init__(self, source: Source, weight: families.Weight, dtype: Any):
+  def __init__(self, source: Source, weight: layout.Weight, dtype: Any):
     """Takes the leaf's place in a source; nothing is read.
 
     Args:
@@ -79,11 +82,12 @@ class StoredLeaf:
       BaseModelError: A value is NaN or infinite.
     """
     index = index or (slice(None),) * len(self.shape)
-    tensors = self._weight.tensors
-    if self.stacked:
-      tensors, index = tensors[index[0]], index[1:]
-    for name in tensors:
-      yield self._read(name, index)
+    depth = len(self._weight.stack)
+    tensors = np.reshape(self._weight.tensors, self._weight.stack or (1,))
+    for names in tensors[index[:depth]]:
+      parts = [self._read(name, index[depth:]) for name in np.ravel(names)]
+      # The experts of a layer come together; one tensor comes as it is.
+      yield np.stack(parts) if depth > 1 else parts[0]
 
   def read(self, index: Index | None = None) -> np.ndarray:
     """Returns a part of the leaf as one array.
@@ -96,7 +100,7 @@ class StoredLeaf:
     """
     if not self.stacked:
       return next(self.layers(index))
-    wanted = range(len(self._weight.tensors))
+    wanted = range(self.shape[0])
     count = len(wanted[index[0]]) if index else len(wanted)
     leaf = None
     for i, layer in enumerate(self.layers(index)):
@@ -129,8 +133,8 @@ Place = Callable[[str, StoredLeaf], Any]
 def stored_shapes(config: DecoderConfig) -> dict[str, tuple[int, ...]]:
   """Returns the shapes that Hugging Face stores, by name."""
   shapes = {}
-  for weight in families.weights(config):
-    shape = weight.shape[1:] if weight.stacked else weight.shape
+  for weight in layout.weights(config):
+    shape = weight.shape[len(weight.stack) :]
     shape = shape[::-1] if weight.transposed else shape
     shapes.update(dict.fromkeys(weight.tensors, shape))
   return shapes
@@ -230,7 +234,7 @@ def load_params(
     BaseModelError: A value is NaN or infinite.
   """
   leaves = {}
-  for weight in families.weights(source.config):
+  for weight in layout.weights(source.config):
     leaf = StoredLeaf(source, weight, dtype)
     leaves[weight.path] = place(weight.path, leaf) if place else leaf.read()
   return nest(leaves)

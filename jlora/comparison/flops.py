@@ -10,7 +10,7 @@ from jlora.core.partition import partition
 from jlora.core.state import TrainState
 from jlora.core.tree import leaves_by_path, nest
 from jlora.data.batch import Batch
-from jlora.models import families
+from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
@@ -39,10 +39,10 @@ def step_flops(spec: RunSpec, config: DecoderConfig) -> float | None:
   dtype = compute_dtype(spec.train.dtype)
   lora = families.resolve(spec.lora, config)
   quant = spec.quant and families.resolve(spec.quant, config)
-  params = nest(families.shapes(config, dtype))
+  params = nest(layout.shapes(config, dtype))
   frozen, trainable = partition(jax.random.key(0), params, lora, quant=quant)
   tx = make_optimizer(spec.optim, 1, trainable)
-  head = families.head_path(config)
+  head = layout.head_path(config)
   loss_fn = make_loss(
     Decoder(config, dtype=dtype, remat=spec.train.remat, unroll=config.layers),
     lora,

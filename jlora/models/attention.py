@@ -4,84 +4,16 @@ Dimension key: B batch, S queries, T keys, H query heads, K key-value heads,
 G query heads a key-value head, D head_dim.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.models.config import DecoderConfig
+from jlora.models.norms import make_norm
+from jlora.models.reach import ByReach, Kinds
 from jlora.models.rotary import rotate
 
 Cache = tuple[jax.Array, jax.Array]
-
-
-class Kinds(NamedTuple):
-  """What differs from layer to layer; None where nothing does.
-
-  Attributes:
-    local: bool [layers], or of one layer: which see a window only.
-    rotated: Likewise, which have rotary embeddings.
-  """
-
-  local: jax.Array | None
-  rotated: jax.Array | None
-
-
-class Seen(NamedTuple):
-  """Which keys a query may see, bool [batch, queries, keys].
-
-  Attributes:
-    everywhere: In layers that see the whole sequence; None where none does.
-    nearby: In those that see a window only; None where none does.
-  """
-
-  everywhere: jax.Array | None
-  nearby: jax.Array | None
-
-  def of(self, local: jax.Array | None) -> jax.Array:
-    """Returns the mask of one layer.
-
-    Args:
-      local: From `Kinds`, of the layer.
-    """
-    if local is None:
-      return self.nearby if self.everywhere is None else self.everywhere
-    return jnp.where(local, self.nearby, self.everywhere)
-
-
-def kinds_of(config: DecoderConfig) -> Kinds:
-  """Returns what differs between the layers of a decoder."""
-
-  def mixed(chosen: tuple[int, ...], value: bool) -> jax.Array | None:
-    if len(set(chosen)) in (0, config.layers):
-      return None
-    flags = jnp.full(config.layers, not value)
-    return flags.at[jnp.array(chosen)].set(value)
-
-  return Kinds(
-    mixed(config.local_layers, True), mixed(config.unrotated_layers, False)
-  )
-
-
-def masks_of(
-  config: DecoderConfig, mask: jax.Array, start: jax.Array | int = 0
-) -> Seen:
-  """Returns the masks of all kinds of layers.
-
-  Args:
-    config: The decoder's.
-    mask: bool [batch, queries, keys], of a layer that sees everything.
-    start: int scalar; the place of the first query among the keys.
-  """
-  if not config.local_layers:
-    return Seen(mask, None)
-  queries, keys = mask.shape[1:]
-  places = start + jnp.arange(queries)
-  distance = places[:, None] - jnp.arange(keys)[None]
-  nearby = mask & (distance < config.sliding_window)[None]
-  every = len(set(config.local_layers)) == config.layers
-  return Seen(None if every else mask, nearby)
 
 
 def causal_mask(segment_ids: jax.Array) -> jax.Array:
@@ -100,8 +32,19 @@ def causal_mask(segment_ids: jax.Array) -> jax.Array:
   return jnp.logical_and(same, earlier[None])
 
 
+def capped(x: jax.Array, cap: float | None) -> jax.Array:
+  """Returns cap * tanh(x / cap), between -cap and cap; `x` without a cap."""
+  return x if cap is None else cap * jnp.tanh(x / cap)
+
+
 def attend(
-  q_BSHD: jax.Array, k_BTKD: jax.Array, v_BTKD: jax.Array, mask_BST: jax.Array
+  q_BSHD: jax.Array,
+  k_BTKD: jax.Array,
+  v_BTKD: jax.Array,
+  mask_BST: jax.Array,
+  *,
+  scale: float | None = None,
+  cap: float | None = None,
 ) -> jax.Array:
   """Softmax attention; the softmax is computed in float32.
 
@@ -115,6 +58,8 @@ def attend(
     v_BTKD: Values.
     mask_BST: True where a query may see a key. A query that may see none
       averages over all values: it belongs to padding and is never read.
+    scale: What scores are multiplied by; None is 1 / sqrt(head_dim).
+    cap: Of the scores, as in `capped`.
 
   Returns:
     [batch, queries, heads * head_dim] in the dtype of `q_BSHD`.
@@ -127,7 +72,8 @@ def attend(
   v_BKTD = v_BTKD.transpose(0, 2, 1, 3)
   scores = jnp.einsum('BKRD,BKTD->BKRT', q_BKRD, k_BKTD).astype(jnp.float32)
   mask_BKRT = jnp.tile(mask_BST, (1, G, 1))[:, None]
-  scores = jnp.where(mask_BKRT, scores * D**-0.5, -1e30)
+  scores = capped(scores * (D**-0.5 if scale is None else scale), cap)
+  scores = jnp.where(mask_BKRT, scores, -1e30)
   weights = jax.nn.softmax(scores, axis=-1).astype(q_BSHD.dtype)
   out = jnp.einsum('BKRT,BKTD->BKRD', weights, v_BKTD)
   return out.reshape(B, H, S, D).transpose(0, 2, 1, 3).reshape(B, S, H * D)
@@ -154,8 +100,8 @@ class Attention(nn.Module):
   def __call__(
     self,
     x: jax.Array,
-    rotary: tuple[jax.Array, jax.Array],
-    seen: Seen,
+    turns: ByReach | None,
+    seen: ByReach,
     kinds: Kinds,
     cache: Cache | None,
     index: jax.Array | None,
@@ -164,7 +110,7 @@ class Attention(nn.Module):
 
     Args:
       x: [batch, length, embed_dim].
-      rotary: From `rotary.angles`.
+      turns: From `turns_of`.
       seen: From `masks_of`.
       kinds: Of this layer.
       cache: Keys and values [batch, slots, kv_heads, head_dim], or None.
@@ -174,41 +120,46 @@ class Attention(nn.Module):
       [batch, length, embed_dim] and the cache with the new keys and values.
     """
     c = self.config
-
-    def dense(name: str, width: int) -> nn.Dense:
-      bias = name in c.biases
-      return nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
-
-    def project(name: str, heads: int) -> jax.Array:
-      y = dense(f'{name}_proj', heads * c.head_dim)(x)
-      y = y.reshape(*x.shape[:2], heads, c.head_dim)
-      if not c.qk_norm or name == 'v':
-        return y
-      norm = nn.RMSNorm(
-        epsilon=c.norm_eps, dtype=self.dtype, name=f'{name}_norm'
-      )
-      return norm(y)
-
-    q, k, v = (
-      project('q', c.heads),
-      project('k', c.kv_heads),
-      project('v', c.kv_heads),
-    )
-    if len(set(c.unrotated_layers)) < c.layers:
-      angles = _angles_of(rotary, kinds.rotated)
+    q, k, v = self._project(x)
+    if turns is not None and len(set(c.unrotated_layers)) < c.layers:
+      angles = _angles_of(turns.of(kinds.local), kinds.rotated)
       q, k = rotate(q, *angles), rotate(k, *angles)
     if cache is not None:
       cache = extend(cache, k, v, index)
       k, v = (part.astype(self.dtype) for part in cache)
-    out = attend(q, k, v, seen.of(kinds.local))
-    return dense('o_proj', c.embed_dim)(out), cache
+    scale = None if c.query_scalar is None else c.query_scalar**-0.5
+    mask = seen.of(kinds.local)
+    out = attend(q, k, v, mask, scale=scale, cap=c.attention_cap)
+    return self._dense('o_proj', c.embed_dim)(out), cache
+
+  def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Returns queries, keys and values [batch, length, heads, head_dim]."""
+    c = self.config
+    heads = {'q': c.heads, 'k': c.kv_heads, 'v': c.kv_heads}
+    widths = [count * c.head_dim for count in heads.values()]
+    if 'qkv_proj' in c.fused:
+      ends = [widths[0], widths[0] + widths[1]]
+      parts = jnp.split(self._dense('qkv_proj', sum(widths))(x), ends, axis=-1)
+    else:
+      named = zip(heads, widths, strict=True)
+      parts = [self._dense(f'{name}_proj', width)(x) for name, width in named]
+    shape = (*x.shape[:2], -1, c.head_dim)
+    q, k, v = (part.reshape(shape) for part in parts)
+    if c.qk_norm:
+      q = make_norm(c, self.dtype, 'q_norm')(q)
+      k = make_norm(c, self.dtype, 'k_norm')(k)
+    return q, k, v
+
+  def _dense(self, name: str, width: int) -> nn.Dense:
+    bias = name in self.config.biases
+    return nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
 
 
 def _angles_of(
-  rotary: tuple[jax.Array, jax.Array], rotated: jax.Array | None
+  turns: tuple[jax.Array, jax.Array], rotated: jax.Array | None
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the cosines and sines of a layer: one and zero if not rotated."""
   if rotated is None:
-    return rotary
-  cos, sin = rotary
+    return turns
+  cos, sin = turns
   return jnp.where(rotated, cos, 1), jnp.where(rotated, sin, 0)

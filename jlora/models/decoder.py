@@ -1,4 +1,4 @@
-"""A decoder in plain Linen, Llama's and others' by its config.
+"""A decoder in plain Linen: Llama's, and those of other families by its config.
 
 The tree of parameters, with the layers stacked along the first axis:
 
@@ -13,7 +13,18 @@ The tree of parameters, with the layers stacked along the first axis:
   final_norm/scale                     [embed]
   lm_head/kernel                       [embed, vocab], unless tied
 
-A linear layer that adds a bias has it beside its kernel, [layers, out].
+Where the config says so:
+
+  position_embed/embedding               [max_positions, embed]
+  layers/attention/qkv_proj/kernel       [layers, embed, all of q, k, v]
+  layers/mlp/gate_up_proj/kernel         [layers, embed, 2 * mlp]
+  layers/post_{attention,mlp}_norm/scale [layers, embed]
+  layers/mlp/router/kernel               [layers, embed, experts]
+  layers/mlp/experts/up_proj/kernel      [layers, experts, embed, mlp], likewise
+                                         gate_proj and down_proj
+
+A linear layer that adds a bias has it beside its kernel, [layers, out], and so
+has LayerNorm beside its scale.
 """
 
 from typing import Any
@@ -22,43 +33,17 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models import rotary
-from jlora.models.attention import (
-  Attention,
-  Cache,
-  Kinds,
-  Seen,
-  causal_mask,
-  kinds_of,
-  masks_of,
-)
+from jlora.models.attention import Attention, Cache, capped, causal_mask
 from jlora.models.config import DecoderConfig
+from jlora.models.mlp import Experts, Mlp
+from jlora.models.norms import make_norm
+from jlora.models.reach import ByReach, Kinds, kinds_of, masks_of, turns_of
 
 # What a rematerialized layer keeps for its backward pass beside its input.
 REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
   'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
 }
-
-
-class Mlp(nn.Module):
-  """SwiGLU, `down(silu(gate(x)) * up(x))`."""
-
-  config: DecoderConfig
-  dtype: jnp.dtype
-
-  @nn.compact
-  def __call__(self, x: jax.Array) -> jax.Array:
-    """Maps [batch, length, embed_dim] to the same shape."""
-
-    def dense(width: int, name: str) -> nn.Dense:
-      bias = name in self.config.biases
-      return nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
-
-    gate = dense(self.config.mlp_dim, 'gate_proj')(x)
-    up = dense(self.config.mlp_dim, 'up_proj')(x)
-    hidden = nn.silu(gate) * up
-    return dense(self.config.embed_dim, 'down_proj')(hidden)
 
 
 class Layer(nn.Module):
@@ -71,23 +56,27 @@ class Layer(nn.Module):
   def __call__(
     self,
     h: jax.Array,
-    angles: tuple[jax.Array, jax.Array],
-    seen: Seen,
+    turns: ByReach | None,
+    seen: ByReach,
     index: jax.Array | None,
     kinds: Kinds,
     cache: Cache | None,
   ) -> tuple[jax.Array, Cache | None]:
     """Maps the residual stream [batch, length, embed_dim] to the next one."""
 
-    def norm(name: str) -> nn.RMSNorm:
-      eps = self.config.norm_eps
-      return nn.RMSNorm(epsilon=eps, dtype=self.dtype, name=name)
+    c = self.config
 
-    out, cache = Attention(self.config, self.dtype, name='attention')(
-      norm('attention_norm')(h), angles, seen, kinds, cache, index
+    def norm(name: str, x: jax.Array) -> jax.Array:
+      return make_norm(c, self.dtype, name)(x)
+
+    attention = Attention(c, self.dtype, name='attention')
+    out, cache = attention(
+      norm('attention_norm', h), turns, seen, kinds, cache, index
     )
-    h = h + out
-    h = h + Mlp(self.config, self.dtype, name='mlp')(norm('mlp_norm')(h))
+    h = h + (norm('post_attention_norm', out) if c.post_norms else out)
+    mlp = (Experts if c.experts else Mlp)(c, self.dtype, name='mlp')
+    out = mlp(norm('mlp_norm', h))
+    h = h + (norm('post_mlp_norm', out) if c.post_norms else out)
     return h, cache
 
 
@@ -114,6 +103,10 @@ class Decoder(nn.Module):
     if self.remat != 'none':
       layer = nn.remat(Layer, policy=REMAT[self.remat], prevent_cse=False)
     self.embed = nn.Embed(c.vocab_size, c.embed_dim, dtype=self.dtype)
+    if c.learned_positions:
+      self.position_embed = nn.Embed(
+        c.max_positions, c.embed_dim, dtype=self.dtype
+      )
     self.layers = nn.scan(
       layer,
       variable_axes={'params': 0},
@@ -122,7 +115,7 @@ class Decoder(nn.Module):
       length=c.layers,
       unroll=self.unroll,
     )(c, self.dtype)
-    self.final_norm = nn.RMSNorm(epsilon=c.norm_eps, dtype=self.dtype)
+    self.final_norm = make_norm(c, self.dtype)
     if not c.tie_embeddings:
       self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
 
@@ -156,17 +149,27 @@ class Decoder(nn.Module):
       positions = jnp.broadcast_to(steps, tokens.shape)
     if segment_ids is None:
       segment_ids = jnp.zeros_like(tokens)
-    angles = rotary.angles(positions, self.config)
     seen = masks_of(self.config, causal_mask(segment_ids))
-    kinds = kinds_of(self.config)
-    h, _ = self.layers(self.embed(tokens), angles, seen, None, kinds, None)
+    turns, kinds = turns_of(self.config, positions), kinds_of(self.config)
+    h = self._embedded(tokens, positions)
+    h, _ = self.layers(h, turns, seen, None, kinds, None)
     return self.final_norm(h)
+
+  def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
+    """Returns what the first layer reads, [batch, length, embed_dim]."""
+    h = self.embed(tokens)
+    if self.config.scaled_embeddings:
+      # Rounded to the dtype first, as in training and in transformers.
+      h = h * jnp.asarray(self.config.embed_dim**0.5, self.dtype)
+    if self.config.learned_positions:
+      h = h + self.position_embed(positions)
+    return h
 
   def logits(self, h: jax.Array) -> jax.Array:
     """Maps [..., embed_dim] to [..., vocab] in `dtype`."""
-    if self.config.tie_embeddings:
-      return self.embed.attend(h)
-    return self.lm_head(h)
+    tied = self.config.tie_embeddings
+    logits = self.embed.attend(h) if tied else self.lm_head(h)
+    return capped(logits, self.config.logit_cap)
 
   def decode(
     self,
@@ -189,11 +192,12 @@ class Decoder(nn.Module):
     Returns:
       The last token's logits [batch, vocab] and the longer cache.
     """
-    angles = rotary.angles(positions, self.config)
-    seen, kinds = masks_of(self.config, mask, index), kinds_of(self.config)
-    h, cache = self.layers(
-      self.embed(tokens), angles, seen, index, kinds, cache
-    )
+    seen = masks_of(self.config, mask, index)
+    # One length for all tokens to come: keys are kept as they were rotated.
+    turns = turns_of(self.config, positions, length=cache[0].shape[2])
+    kinds = kinds_of(self.config)
+    h = self._embedded(tokens, positions)
+    h, cache = self.layers(h, turns, seen, index, kinds, cache)
     return self.logits(self.final_norm(h[:, -1])), cache
 
 

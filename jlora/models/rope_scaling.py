@@ -23,6 +23,7 @@ class LinearScaling:
   """
 
   KIND: ClassVar[str] = 'linear'
+  amplitude: ClassVar[float] = 1.0
 
   factor: float
 
@@ -42,21 +43,22 @@ class DynamicScaling:
   """
 
   KIND: ClassVar[str] = 'dynamic'
+  amplitude: ClassVar[float] = 1.0
 
   factor: float
   max_positions: int
 
   def frequencies(
-    self, exponents: np.ndarray, theta: float, positions: jax.Array
+    self, exponents: np.ndarray, theta: float, length: jax.Array | int
   ) -> jax.Array:
     """Returns the frequencies for the longest of several sequences.
 
     Args:
       exponents: float32 [head_dim / 2], of `theta` in the wavelengths.
       theta: Base of the wavelengths.
-      positions: int, of any shape.
+      length: int scalar; of the longest sequence.
     """
-    length = jnp.maximum(positions.max() + 1, self.max_positions)
+    length = jnp.maximum(length, self.max_positions)
     longer = self.factor * length / self.max_positions - (self.factor - 1)
     size = 2 * len(exponents)
     base = theta * longer ** (size / (size - 2))
@@ -77,6 +79,7 @@ class Llama3Scaling:
   """
 
   KIND: ClassVar[str] = 'llama3'
+  amplitude: ClassVar[float] = 1.0
 
   factor: float
   low_freq_factor: float = 1.0
@@ -162,8 +165,75 @@ class YarnScaling:
     return 0.1 * mscale * math.log(self.factor) + 1 if longer else 1.0
 
 
-RopeScaling = LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LongScaling:
+  """A factor for each pair: one set of them for sequences beyond the original.
+
+  Attributes:
+    short_factor: [pairs], of wavelengths in sequences of the original length.
+    long_factor: [pairs], of those in longer ones.
+    original_max_positions: The original length.
+    max_positions: The length that the model was made for.
+    factor: Of the length; None is the ratio of the two.
+    attention_factor: What cosines and sines are multiplied by; None follows
+      from the factor.
+
+  References:
+    Ding et al., `LongRoPE <https://arxiv.org/abs/2402.13753>`_.
+  """
+
+  KIND: ClassVar[str] = 'longrope'
+
+  short_factor: tuple[float, ...]
+  long_factor: tuple[float, ...]
+  original_max_positions: int
+  max_positions: int
+  factor: float | None = None
+  attention_factor: float | None = None
+
+  def frequencies(
+    self, exponents: np.ndarray, theta: float, length: jax.Array | int
+  ) -> jax.Array:
+    """Returns the frequencies for the longest of several sequences.
+
+    Args:
+      exponents: float32 [pairs], of `theta` in the wavelengths.
+      theta: Base of the wavelengths.
+      length: int scalar; of the longest sequence.
+    """
+    powers = (theta ** exponents.astype(np.float64)).astype(np.float32)
+    short, long = (
+      np.float32(1) / (np.asarray(factors, np.float32) * powers)
+      for factors in (self.short_factor, self.long_factor)
+    )
+    return jnp.where(length > self.original_max_positions, long, short)
+
+  @property
+  def amplitude(self) -> float:
+    """What cosines and sines are multiplied by."""
+    if self.attention_factor is not None:
+      return self.attention_factor
+    factor = self.factor or self.max_positions / self.original_max_positions
+    if factor <= 1:
+      return 1.0
+    return math.sqrt(
+      1 + math.log(factor) / math.log(self.original_max_positions)
+    )
+
+
+RopeScaling = (
+  LinearScaling | DynamicScaling | Llama3Scaling | YarnScaling | LongScaling
+)
+# Those whose frequencies depend on how long the sequences are.
+ByLength = DynamicScaling | LongScaling
+LISTS = ('short_factor', 'long_factor')
 KINDS: dict[str, Any] = {
   kind.KIND: kind
-  for kind in (LinearScaling, DynamicScaling, Llama3Scaling, YarnScaling)
+  for kind in (
+    LinearScaling,
+    DynamicScaling,
+    Llama3Scaling,
+    YarnScaling,
+    LongScaling,
+  )
 }

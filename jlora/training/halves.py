@@ -15,7 +15,7 @@ from jlora.core.partition import partition
 from jlora.core.plan import is_frozen_leaf
 from jlora.core.state import TrainState
 from jlora.core.tree import arrays_by_path, matching, nest
-from jlora.models import families
+from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
 from jlora.parallel.shardings import Shardings, make_shardings
 from jlora.training.optimizers import make_optimizer
@@ -57,7 +57,7 @@ def abstract_halves(
   Raises:
     ConfigError: The specs do not fit the base.
   """
-  params = nest(families.shapes(config, dtype))
+  params = nest(layout.shapes(config, dtype))
   frozen, trainable = partition(
     jax.random.key(0), params, spec.lora, quant=spec.quant
   )

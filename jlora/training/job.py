@@ -22,7 +22,7 @@ from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
 from jlora.data.report import show_examples
 from jlora.errors import DataError
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.decoder import Decoder
 from jlora.parallel import processes
 from jlora.parallel.devices import compute_dtype
@@ -168,7 +168,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   if halves.starts and processes.are_several():
     found = hashlib.sha256(to_bytes(halves.starts)).hexdigest()
     processes.require_same('start of the adapters', found)
-  shapes = families.shapes(base.config, dtype)
+  shapes = layout.shapes(base.config, dtype)
   description = describe(shapes, spec.lora, quant=spec.quant)
   return Job(
     spec=spec,

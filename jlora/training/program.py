@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 
 from jlora.core.tree import leaves_by_path
 from jlora.data.batch import Batch
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel.mesh import by_example
@@ -63,7 +63,7 @@ def make_program(
 
 
 def _head_is_frozen(trainable: Any, config: DecoderConfig) -> bool:
-  head = families.head_path(config)
+  head = layout.head_path(config)
   return not any(p.startswith(f'{head}/') for p in leaves_by_path(trainable))
 
 

@@ -7,7 +7,7 @@ from jlora.core.plan import make_plan
 from jlora.core.split import make_split
 from jlora.core.tree import leaves_by_path, nest
 from jlora.errors import ConfigError
-from jlora.models import families
+from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
 from jlora.parallel import processes
 from jlora.training.run_spec import RunSpec
@@ -32,7 +32,7 @@ def resolve(spec: RunSpec, config: DecoderConfig) -> RunSpec:
     )
   quant = spec.quant and families.resolve(spec.quant, config)
   lora = families.resolve(spec.lora, config)
-  shapes = families.shapes(config)
+  shapes = layout.shapes(config)
   whole = make_plan(shapes, lora).full
   if quant is not None and set(whole) == set(shapes):
     raise ConfigError(

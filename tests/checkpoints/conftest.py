@@ -12,7 +12,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from jlora.checkpoints.peft import load_adapter, save_adapter
 from jlora.core import lora, targets, tree
 from jlora.core.lora import LoraSpec
-from jlora.models import families
+from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
 
 SPECIAL = ['<|endoftext|>', '<|im_start|>', '<|im_end|>']
@@ -234,7 +234,7 @@ def _make_adapted(tied=True, *, seed=0, config=None, **fields):
   rng = np.random.default_rng(0)
   leaves = {
     weight.path: rng.normal(0, 0.3, weight.shape).astype('f4')
-    for weight in families.weights(config)
+    for weight in layout.weights(config)
   }
   nodes = random_nodes(leaves, spec, np.random.default_rng(seed))
   return Adapted(config, spec, tree.nest(leaves), tree.nest(nodes))

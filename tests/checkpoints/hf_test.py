@@ -12,7 +12,7 @@ from jlora.checkpoints.llama_cpp import GgufModel
 from jlora.checkpoints.weights import load_params, stored_shapes
 from jlora.core.tree import leaves_by_path
 from jlora.errors import BaseModelError, CheckpointError, ConfigError
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.decoder import Decoder
 
 TOKENS = np.arange(40)[None] * 7 % 300
@@ -225,7 +225,7 @@ def test_the_place_of_a_leaf_is_what_stays_in_the_tree(folder, tiny_config):
   assert tree['layers']['mlp']['up_proj']['kernel'] == (
     'layers/mlp/up_proj/kernel'
   )
-  assert seen == [(w.path, w.shape) for w in families.weights(tiny_config)]
+  assert seen == [(w.path, w.shape) for w in layout.weights(tiny_config)]
 
 
 def test_stored_shapes_are_those_of_transformers(tiny_config):

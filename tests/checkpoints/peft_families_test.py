@@ -33,11 +33,14 @@ def torch_logits(model):
     return model.eval()(torch.tensor(TOKENS)).logits.numpy()
 
 
-@pytest.mark.parametrize('full', [(), ('.*/q_proj/.*', '.*norm/scale')])
+FULL = ('.*/(q|qkv)_proj/.*', '.*norm/(scale|bias)')
+
+
+@pytest.mark.parametrize('full', [(), FULL])
 def test_peft_computes_the_merged_logits(
   family_config, make_adapted, tmp_path, full
 ):
-  fields = {'train_full': full, 'exclude': ('.*/q_proj/.*',) if full else ()}
+  fields = {'train_full': full, 'exclude': FULL[:1] if full else ()}
   adapted = make_adapted(config=family_config, targets='all-linear', **fields)
   adapted.save(tmp_path / 'adapter')
   base = make_oracle(family_config, adapted.params)
@@ -52,8 +55,12 @@ def test_peft_computes_the_merged_logits(
 def test_logits_of_an_adapter_of_peft(family_config, tmp_path):
   params = make_params(family_config)
   base = make_oracle(family_config, params)
+  plain = family_config.family == 'gpt2'
   config = peft.LoraConfig(
-    r=4, target_modules='all-linear', modules_to_save=['norm', 'mlp']
+    r=4,
+    target_modules='all-linear',
+    modules_to_save=['ln_f' if plain else 'norm', 'mlp'],
+    fan_in_fan_out=plain,
   )
   model = peft.get_peft_model(base, config)
   torch.manual_seed(0)

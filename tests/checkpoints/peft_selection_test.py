@@ -15,7 +15,7 @@ from jlora.checkpoints.peft_selection import (
 from jlora.core import lora, targets
 from jlora.core.lora import LoraSpec
 from jlora.errors import AdapterError
-from jlora.models import families
+from jlora.models import families, layout
 
 Q, UP = 'layers/attention/q_proj/kernel', 'layers/mlp/up_proj/kernel'
 
@@ -38,7 +38,7 @@ def strengths(spec, config):
   """Returns ranks and scales of every kernel as lists."""
   leaves = {
     w.path: jax.ShapeDtypeStruct(w.shape, np.float32)
-    for w in families.weights(config)
+    for w in layout.weights(config)
   }
   adapted = targets.select(leaves, spec.targets, spec.exclude, spec.axes)
   return {
@@ -118,7 +118,7 @@ def test_patterns_name_leaves_where_all_layers_agree(config):
 
 
 def test_layers_are_named_in_the_order_of_the_modules(config):
-  (weight,) = [w for w in families.weights(config) if w.path == UP]
+  (weight,) = [w for w in layout.weights(config) if w.path == UP]
   assert [name.split('/')[1] for name in layer_names(weight)] == list('012')
   assert [m.split('.')[2] for m in weight.modules] == list('012')
 

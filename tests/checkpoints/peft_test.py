@@ -14,7 +14,7 @@ from jlora.checkpoints import adapters
 from jlora.checkpoints.peft import load_adapter
 from jlora.core import tree
 from jlora.errors import AdapterError
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.decoder import Decoder
 from tests.decoders import make_oracle
 
@@ -175,7 +175,7 @@ def test_an_adapter_from_peft_gives_the_model_it_is_there(
   assert_close(torch_logits(model), logits_of(adapted.config, merged))
   leaves = tree.leaves_by_path(merged)
   found = model.merge_and_unload().state_dict()
-  for weight in families.weights(adapted.config):
+  for weight in layout.weights(adapted.config):
     arrays = leaves[weight.path] if weight.stacked else [leaves[weight.path]]
     for module, array in zip(weight.modules, arrays, strict=True):
       expected = array.T if weight.transposed else array

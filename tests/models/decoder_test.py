@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from jlora.core.tree import leaves_by_path
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.decoder import Decoder, make_cache
 from jlora.models.rope_scaling import Llama3Scaling
 from tests.decoders import CONFIG, make_params
@@ -26,7 +26,7 @@ def test_initialized_params_have_the_documented_tree():
     init = functools.partial(Decoder(config).init, jax.random.key(0))
     tree = jax.eval_shape(init, make_tokens(1, 4))['params']
     shapes = {path: x.shape for path, x in leaves_by_path(tree).items()}
-    assert shapes == {w.path: w.shape for w in families.weights(config)}
+    assert shapes == {w.path: w.shape for w in layout.weights(config)}
 
 
 def test_packed_segments_equal_separate_sequences():

@@ -72,7 +72,8 @@ def test_rope_fields_of_older_transformers_are_read():
     ({'sliding_window': 64}, 'sliding_window=64'),
     ({'attn_logit_softcapping': 50.0}, 'attn_logit_softcapping=50.0'),
     ({'num_local_experts': 8}, 'num_local_experts=8'),
-    ({'rope_scaling': {'type': 'longrope', 'factor': 2.0}}, "'longrope'"),
+    ({'rope_scaling': {'type': 'ntk', 'factor': 2.0}}, "'ntk'"),
+    ({'rope_scaling': {'type': 'longrope', 'factor': 2.0}}, 'short_factor'),
     ({'rope_scaling': {'rope_type': 'llama3', 'factor': 2.0}}, 'low_freq'),
     ({'model_type': 'mistral', 'attention_bias': True}, 'attention_bias=True'),
     (

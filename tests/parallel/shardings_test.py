@@ -10,7 +10,7 @@ import jlora
 from jlora.core import tree
 from jlora.core.plan import is_frozen_leaf
 from jlora.errors import ConfigError
-from jlora.models import families
+from jlora.models import families, layout
 from jlora.parallel.mesh import AXES
 from jlora.parallel.rules import place
 from jlora.parallel.shardings import make_shardings
@@ -85,7 +85,7 @@ def halves(sizes):
   spec = jlora.LoraSpec(rank=4, variant='dora', train_full='final_norm/scale')
   return jlora.partition(
     jax.random.key(0),
-    tree.nest(families.shapes(config)),
+    tree.nest(layout.shapes(config)),
     families.resolve(spec, config),
     quant=families.resolve(jlora.QuantSpec(block_size=16), config),
   )

@@ -7,8 +7,8 @@ import pytest
 
 from jlora.checkpoints.bases import open_base
 from jlora.errors import BaseModelError
-from jlora.models.families import weights
 from jlora.models.hf_config import write_config
+from jlora.models.layout import weights
 from jlora.planning.sizes import read_sizes
 
 BASES = pathlib.Path(__file__).parents[2] / 'tpu' / 'bases'

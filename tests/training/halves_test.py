@@ -5,7 +5,7 @@ import pytest
 
 from jlora.config import default_config, from_json, resolve
 from jlora.errors import ConfigError
-from jlora.models import families
+from jlora.models import layout
 from jlora.parallel.mesh import make_mesh
 from jlora.training.halves import shardings_of
 from jlora.training.run_spec import MeshSpec
@@ -37,7 +37,7 @@ def test_rules_are_read_from_the_command_line_and_from_python(rules):
 def test_a_run_s_own_rules_come_before_the_family_s(sizes):
   spec = make_spec({UP: ['fsdp', None, None]})
   mesh = jax.sharding.AbstractMesh((1, 2, 1), ('data', 'fsdp', 'tensor'))
-  frozen = families.shapes(sizes['tiny'])
+  frozen = layout.shapes(sizes['tiny'])
   placements = shardings_of(spec, frozen, mesh).placements
   assert placements[UP].cuts == (('fsdp',), (), ())
   down = placements['layers/mlp/down_proj/kernel']
@@ -56,7 +56,7 @@ def test_a_rule_that_cannot_be_followed_is_refused(rules, message, sizes):
   spec = make_spec(rules)
   mesh = make_mesh(devices=jax.devices()[:1])
   with pytest.raises(ConfigError, match=message):
-    shardings_of(spec, families.shapes(sizes['tiny']), mesh)
+    shardings_of(spec, layout.shapes(sizes['tiny']), mesh)
 
 
 def test_a_rule_without_axes_is_refused():

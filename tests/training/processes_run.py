@@ -22,7 +22,7 @@ from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
 from jlora.core.tree import leaves_by_path
 from jlora.data.batch import Batch
-from jlora.models import families
+from jlora.models import layout
 from jlora.parallel import processes
 from jlora.parallel.mesh import by_example, make_mesh
 from jlora.training.halves import abstract_halves, load_halves
@@ -139,7 +139,7 @@ def apart(mine, other):
 def largest_share(base, read):
   """Returns the largest share that was read of a layer's kernel."""
   shares = []
-  for weight in families.weights(base.config):
+  for weight in layout.weights(base.config):
     if weight.path.startswith('layers/') and weight.transposed:
       size = math.prod(weight.shape) / len(weight.tensors)
       shares += [read.get(name, 0) / size for name in weight.tensors]

@@ -19,7 +19,7 @@ import jlora
 from jlora.core import tree
 from jlora.core.plan import is_frozen_leaf
 from jlora.data.batch import Batch
-from jlora.models import families
+from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
 from jlora.parallel.mesh import make_mesh
@@ -174,7 +174,7 @@ def make_params(config):
       path: np.ones(leaf.shape, 'f4')
       if path.endswith('scale')
       else random.normal(0, leaf.shape[-2] ** -0.5, leaf.shape).astype('f4')
-      for path, leaf in families.shapes(config).items()
+      for path, leaf in layout.shapes(config).items()
     }
   )
 
