@@ -96,12 +96,13 @@ class GgufFile:
       name: A key of `tensors`.
       dtype: What the float32 values are rounded to.
       rows: A slice or indices along the first axis of a tensor with two; no
-        other rows are read.
-      columns: A slice of step 1 along its second axis; no other blocks are
+        other rows are read. One with more axes is taken as the matrix of all
+        its rows.
+      columns: A slice of step 1 along the last axis; no other blocks are
         dequantized.
 
     Returns:
-      An array of the part's shape.
+      An array of the part's shape, with one axis or two.
     """
     info = self.tensors[name]
     data = np.frombuffer(self._bytes, np.uint8, info.size, info.offset)
@@ -117,7 +118,7 @@ class GgufFile:
       part = np.ascontiguousarray(data[start : start + step])
       values = gguf.quants.dequantize(part, info.kind)
       out[start : start + step] = values[:, columns]
-    return out if len(info.shape) == 2 else out.reshape(info.shape)
+    return out if len(info.shape) > 1 else out.reshape(-1)
 
   def _check_kinds(self) -> None:
     for name, info in self.tensors.items():

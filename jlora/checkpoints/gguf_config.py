@@ -1,8 +1,4 @@
-"""A decoder's sizes in the metadata of a GGUF file, read and written.
-
-What llama.cpp computes is fixed by the architecture's name, by these keys and
-by which tensors there are; what none of them says cannot be written.
-"""
+"""A decoder's sizes in the metadata of a GGUF file, read and written."""
 
 import dataclasses
 import warnings
@@ -11,57 +7,47 @@ from typing import Any
 
 import numpy as np
 
-from jlora.checkpoints.gguf_layout import ARCHITECTURES, architecture_of
+from jlora.checkpoints.architectures import (
+  ARCHITECTURES,
+  Architecture,
+  architecture_of,
+)
+from jlora.checkpoints.gguf_rope import (
+  Factors,
+  factor_names,
+  read_stretch,
+  write_stretch,
+)
 from jlora.checkpoints.weights import check_sizes
 from jlora.errors import BaseModelError, ConfigError
-from jlora.models import rotary
 from jlora.models.config import DecoderConfig
-from jlora.models.hf_config import read_config, write_config
-from jlora.models.rope_scaling import Llama3Scaling
+from jlora.models.families import FAMILIES
 
 Shapes = Mapping[str, tuple[int, ...]]
 
-ROPE_FACTORS = 'rope_freqs.weight'  # divisors of the rotary frequencies
 _EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
+_ROTATED = 'rope.dimension_count'
+_PATTERN = 'attention.sliding_window_pattern'
 _WINDOW = 'attention.sliding_window'
-_CONTEXT = 'rope.scaling.original_context_length'
-
-# GGUF key behind the architecture's name -> field of config.json.
-_FIELDS = {
-  'attention.head_count': 'num_attention_heads',
-  'attention.head_count_kv': 'num_key_value_heads',
-  'attention.key_length': 'head_dim',
-  'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
-  'block_count': 'num_hidden_layers',
-  'context_length': 'max_position_embeddings',
-  'embedding_length': 'hidden_size',
-  'feed_forward_length': 'intermediate_size',
-  'rope.freq_base': 'rope_theta',
+# Field of config.json whose size is checked -> field of DecoderConfig.
+_CHECKED = {
+  'head_dim': 'head_dim',
+  'hidden_size': 'embed_dim',
+  'intermediate_size': 'mlp_dim',
+  'max_position_embeddings': 'max_positions',
+  'num_attention_heads': 'heads',
+  'num_experts_per_tok': 'experts_per_token',
+  'num_hidden_layers': 'layers',
+  'num_key_value_heads': 'kv_heads',
+  'num_local_experts': 'experts',
+  'rms_norm_eps': 'norm_eps',
+  'rope_theta': 'rope_theta',
+  'vocab_size': 'vocab_size',
 }
-# Written beside them, and other values refused: key -> field of DecoderConfig.
-_REPEATED = {
-  'attention.value_length': 'head_dim',
-  'rope.dimension_count': 'head_dim',
-}
-# Likewise of a stretch of the wavelengths: field in `rope_parameters`.
-_STRETCH = {
-  'rope.scaling.factor': 'factor',
-  _CONTEXT: 'original_max_position_embeddings',
-  'rope.scaling.yarn_beta_fast': 'beta_fast',
-  'rope.scaling.yarn_beta_slow': 'beta_slow',
-}
-_STRETCHES = ('linear', 'yarn')
-# Keys that would change what is computed, with the values that do not.
-_NEUTRAL = {
-  'expert_count': 0,
-  'rope.scale_linear': 1,
-  'rope.scaling.attn_factor': 1,
-  'rope.scaling.yarn_attn_factor': 1,
-}
-# Field of config.json -> the tensor of the first layer that says yes to it.
+# Linear layers that add a bias if a tensor of the first layer is there.
 _BIASES = {
-  'attention_bias': 'blk.0.attn_output.bias',
-  'mlp_bias': 'blk.0.ffn_down.bias',
+  'blk.0.attn_output.bias': ('q_proj', 'k_proj', 'v_proj', 'o_proj'),
+  'blk.0.ffn_down.bias': ('gate_proj', 'up_proj', 'down_proj'),
 }
 
 
@@ -69,7 +55,7 @@ def read_metadata(
   where: Any,
   metadata: Mapping[str, Any],
   shapes: Shapes,
-  factors: np.ndarray | None = None,
+  factors: Factors | None = None,
 ) -> DecoderConfig:
   """Reads what a model is from the metadata of its GGUF file.
 
@@ -77,18 +63,14 @@ def read_metadata(
     where: The file, for messages.
     metadata: Values by key.
     shapes: Of the tensors, by llama.cpp's names.
-    factors: The tensor of that name, ROPE_FACTORS, if there is one.
+    factors: Those of `factor_names` that the file has.
 
   Raises:
     BaseModelError: The architecture is not known, or uses a feature that this
       decoder does not compute; the key is named.
   """
-  name = metadata.get('general.architecture')
-  if name not in ARCHITECTURES:
-    known = ', '.join(map(repr, ARCHITECTURES))
-    raise BaseModelError(
-      f'{where} has the architecture {name!r}; this version reads {known}'
-    )
+  name = _name_of(where, metadata)
+  architecture = ARCHITECTURES[name]
   if _EMBEDDING not in shapes:
     raise BaseModelError(f'{where} lacks the tensor {_EMBEDDING!r}')
   values = {
@@ -96,19 +78,37 @@ def read_metadata(
     for key, value in metadata.items()
     if key.startswith(f'{name}.')
   }
-  fields = {_FIELDS[key]: values[key] for key in _FIELDS if key in values}
-  fields |= {
-    'model_type': ARCHITECTURES[name].families[0],
-    'vocab_size': shapes[_EMBEDDING][0],
-    'tie_word_embeddings': _HEAD not in shapes,
-    'rope_scaling': _read_stretch(where, name, values),
-  }
-  if ARCHITECTURES[name].biased:
-    fields |= {field: tensor in shapes for field, tensor in _BIASES.items()}
-  check_sizes(where, fields, len(shapes))
-  config = read_config(fields)
-  _check_features(where, name, values, config)
-  return _with_factors(where, config, values.get(_CONTEXT), factors)
+  fields = _read_fields(where, name, values)
+  fields['vocab_size'] = shapes[_EMBEDDING][0]
+  sizes = {theirs: fields.get(ours) for theirs, ours in _CHECKED.items()}
+  sizes = {field: size for field, size in sizes.items() if size is not None}
+  check_sizes(where, sizes, len(shapes))
+  fields = _filled(fields, architecture)
+  _check_features(where, name, values, fields)
+  config = DecoderConfig(
+    **fields,
+    **_layers(values, fields, architecture),
+    tie_embeddings=_HEAD not in shapes,
+    biases=_biases(fields['family'], shapes, architecture),
+    rotary_share=values.get(_ROTATED, fields['head_dim']) / fields['head_dim'],
+  )
+  scaling = read_stretch(where, config, values, factors or {})
+  return dataclasses.replace(config, rope_scaling=scaling)
+
+
+def stretch_tensors(where: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:
+  """Returns the names of tensors that are no weights, but say a stretch."""
+  return factor_names(ARCHITECTURES[_name_of(where, metadata)])
+
+
+def _name_of(where: Any, metadata: Mapping[str, Any]) -> str:
+  name = metadata.get('general.architecture')
+  if name not in ARCHITECTURES:
+    known = ', '.join(map(repr, ARCHITECTURES))
+    raise BaseModelError(
+      f'{where} has the architecture {name!r}; this version reads {known}'
+    )
+  return name
 
 
 def _plain(value: Any) -> Any:
@@ -116,32 +116,58 @@ def _plain(value: Any) -> Any:
   return float(str(np.float32(value))) if isinstance(value, float) else value
 
 
-def _read_stretch(
+def _read_fields(
   where: Any, name: str, values: Mapping[str, Any]
-) -> dict[str, Any] | None:
-  kind = values.get('rope.scaling.type', 'none')
-  if kind == 'none':
-    return None
-  if kind not in _STRETCHES:
-    raise BaseModelError(
-      f'{where} has {name}.rope.scaling.type={kind!r}, which this decoder does'
-      f' not compute; it knows {", ".join(map(repr, ("none", *_STRETCHES)))}'
-    )
-  found = {_STRETCH[key]: values[key] for key in _STRETCH if key in values}
-  return {'rope_type': kind, **found}
+) -> dict[str, Any]:
+  """Returns the fields of DecoderConfig that keys or the family say."""
+  architecture = ARCHITECTURES[name]
+  found = {
+    field: values[key]
+    for field, key in architecture.keys.items()
+    if key in values and not (np.isscalar(values[key]) and not values[key])
+  }
+  needed = ['layers', 'embed_dim', 'heads', 'mlp_dim', 'norm_eps']
+  needed += ['experts_per_token'] if 'experts' in found else []
+  for field in needed:
+    key = architecture.keys[field]
+    if key not in values:
+      raise BaseModelError(f'{where} lacks the key {name}.{key}')
+    found[field] = values[key]
+  family = architecture.families[0]
+  if 'experts' in found and architecture.with_experts:
+    family = architecture.with_experts
+  traits = {k: v for k, v in FAMILIES[family].traits.items() if k != 'biases'}
+  return {'family': family, **architecture.defaults, **traits, **found}
+
+
+def _filled(
+  fields: Mapping[str, Any], architecture: Architecture
+) -> dict[str, Any]:
+  """Returns fields of which each has a value, as llama.cpp fills them in."""
+  width = fields['embed_dim'] // fields['heads']
+  filled = {'kv_heads': fields['heads'], 'head_dim': width, **fields}
+  if architecture.wide is not None:
+    wide = filled['layers'] == architecture.wide
+    filled['query_scalar'] = width if wide else filled['head_dim']
+  return filled
 
 
 def _check_features(
-  where: Any, name: str, values: Mapping[str, Any], config: DecoderConfig
+  where: Any, name: str, values: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> None:
-  wanted = {key: getattr(config, field) for key, field in _REPEATED.items()}
-  for key, value in (wanted | _NEUTRAL).items():
+  architecture, head_dim = ARCHITECTURES[name], fields['head_dim']
+  wanted = {'attention.value_length': head_dim}
+  if not architecture.part_rotated:
+    wanted[_ROTATED] = head_dim
+  if 'experts' not in architecture.keys:
+    wanted['expert_count'] = 0
+  for key, value in wanted.items():
     if (found := values.get(key, value)) != value:
       raise BaseModelError(
         f'{where} has {name}.{key}={found!r}, which this decoder does not'
         f' compute; it needs {value!r}'
       )
-  if _WINDOW in values:
+  if architecture.window is None and values.get(_WINDOW):
     warnings.warn(
       f'{where} has {name}.{_WINDOW}={values[_WINDOW]}, which llama.cpp does'
       ' not compute in this architecture; every layer sees the whole text',
@@ -149,79 +175,98 @@ def _check_features(
     )
 
 
-def _with_factors(
-  where: Any,
-  config: DecoderConfig,
-  context: int | None,
-  factors: np.ndarray | None,
-) -> DecoderConfig:
-  """Recognizes Llama 3's stretch in the divisors it was written as."""
-  if factors is None:
-    return config
-  scaling = Llama3Scaling(
-    factor=_plain(float(factors.max())),
-    original_max_positions=context or Llama3Scaling.original_max_positions,
-  )
-  scaled = dataclasses.replace(config, rope_scaling=scaling)
-  expected = _divisors(scaled)
-  if factors.shape != expected.shape or not np.allclose(
-    factors, expected, rtol=1e-4, atol=0
-  ):
-    raise BaseModelError(
-      f'{where} stretches the rotary wavelengths by other factors than'
-      " Llama 3's; load the model from its Hugging Face folder instead"
-    )
-  return scaled
+def _layers(
+  values: Mapping[str, Any],
+  fields: Mapping[str, Any],
+  architecture: Architecture,
+) -> dict[str, tuple[int, ...]]:
+  """Returns which layers see a window, and which have no rotary embeddings."""
+  layers, every = range(fields['layers']), architecture.skips_rope
+  unrotated = tuple(layers[every - 1 :: every]) if every else ()
+  local: tuple[int, ...] = ()
+  if fields.get('sliding_window'):
+    period = values.get(_PATTERN, architecture.window)
+    if period == 'all':
+      local = tuple(layers)
+    elif isinstance(period, np.ndarray):  # says it of each layer
+      local = tuple(np.flatnonzero(period[: len(layers)]).tolist())
+    else:
+      local = _local(len(layers), period)
+  return {'local_layers': local, 'unrotated_layers': unrotated}
 
 
-def _divisors(config: DecoderConfig) -> np.ndarray:
-  plain = dataclasses.replace(config, rope_scaling=None)
-  return rotary.frequencies(plain) / rotary.frequencies(config)
+def _local(layers: int, period: int) -> tuple[int, ...]:
+  """Returns all layers but every `period`-th."""
+  return tuple(i for i in range(layers) if (i + 1) % period)
 
 
-def rope_factors(config: DecoderConfig) -> np.ndarray | None:
-  """Returns the divisors that a decoder's stretch is written as, if any."""
-  if isinstance(config.rope_scaling, Llama3Scaling):
-    return _divisors(config)
-  return None
+def _biases(
+  family: str, shapes: Shapes, architecture: Architecture
+) -> tuple[str, ...]:
+  found = [*FAMILIES[family].traits.get('biases', ())]
+  for tensor, layers in _BIASES.items() if architecture.biased else ():
+    found += layers if tensor in shapes else ()
+  return tuple(found)
 
 
-def write_metadata(config: DecoderConfig, shapes: Shapes) -> dict[str, Any]:
-  """Returns the metadata from which llama.cpp computes the same model.
+def write_metadata(
+  config: DecoderConfig, shapes: Shapes
+) -> tuple[dict[str, Any], Factors]:
+  """Returns what llama.cpp computes the same model from.
 
   Args:
-    config: The decoder's.
-    shapes: Of the tensors that are written, by llama.cpp's names.
+    config: The decoder's, whose family has an architecture.
+    shapes: Of the weights, by llama.cpp's names.
+
+  Returns:
+    The metadata, and tensors that say how wavelengths are stretched.
 
   Raises:
     ConfigError: The decoder has a feature that GGUF cannot express; it is
       named.
   """
   name = architecture_of(config.family)
-  if name is None:
-    known = ', '.join(f for a in ARCHITECTURES.values() for f in a.families)
-    raise ConfigError(
-      f'a {config.family} model cannot be written as GGUF; known are {known}'
-    )
-  fields = write_config(config)
-  rope = fields['rope_parameters']
-  fields |= {'rope_theta': rope['rope_theta']}
-  values = {key: fields[field] for key, field in _FIELDS.items()}
-  values |= {key: getattr(config, field) for key, field in _REPEATED.items()}
+  architecture = ARCHITECTURES[name]
+  values = {
+    key: getattr(config, field) for field, key in architecture.keys.items()
+  }
+  # An expert's width stands where the others have theirs, too.
+  values['feed_forward_length'] = config.mlp_dim
+  values['attention.value_length'] = config.head_dim
   values['vocab_size'] = config.vocab_size
-  if rope['rope_type'] in _STRETCHES:
-    values['rope.scaling.type'] = rope['rope_type']
-    values |= {key: rope[f] for key, f in _STRETCH.items() if f in rope}
-  elif isinstance(config.rope_scaling, Llama3Scaling):
-    values[_CONTEXT] = config.rope_scaling.original_max_positions
+  if 'rope_theta' in architecture.keys:
+    values[_ROTATED] = int(config.head_dim * config.rotary_share)
+  if config.sliding_window and isinstance(architecture.window, int):
+    periods = (architecture.window, *range(1, config.layers + 2))
+    fit = (
+      p for p in periods if _local(config.layers, p) == config.local_layers
+    )
+    values[_PATTERN] = next(fit, architecture.window)
+  keys, factors = write_stretch(config, architecture)
+  values = {key: value for key, value in (values | keys).items() if value}
+  if architecture.window == 'all':
+    values.setdefault(_WINDOW, 0)  # without it, Phi-4 was taken for Phi-3
+    _warn_of_window(config)
   metadata = {'general.architecture': name}
   metadata |= {f'{name}.{key}': value for key, value in values.items()}
-  _check_expressed(config, metadata, shapes)
-  return metadata
+  _check_expressed(config, metadata, shapes, factors)
+  return metadata, factors
+
+
+def _warn_of_window(config: DecoderConfig) -> None:
+  if config.sliding_window:
+    warnings.warn(
+      f'llama.cpp leaves out the window of {config.sliding_window} tokens in'
+      f' {config.family} models, and computes otherwise for longer texts',
+      stacklevel=4,
+    )
 
 
 def _check_expressed(
-  config: DecoderConfig, metadata: Mapping[str, Any], shapes: Shapes
+  config: DecoderConfig,
+  metadata: Mapping[str, Any],
+  shapes: Shapes,
+  factors: Factors,
 ) -> None:
   """Refuses a decoder that is not what would be read again."""
   rounded = {
@@ -229,7 +274,7 @@ def _check_expressed(
     for key, value in metadata.items()
   }
   try:
-    found = read_metadata('the file', rounded, shapes, rope_factors(config))
+    found = read_metadata('the file', rounded, shapes, factors)
   except BaseModelError as error:
     raise ConfigError(
       f'the model cannot be written as GGUF: {error}'

@@ -11,18 +11,15 @@ from typing import TYPE_CHECKING, Any
 import gguf
 import numpy as np
 
+from jlora.checkpoints.architectures import ARCHITECTURES, architecture_of
 from jlora.checkpoints.folders import replacing_file
-from jlora.checkpoints.gguf_config import (
-  ROPE_FACTORS,
-  rope_factors,
-  write_metadata,
-)
-from jlora.checkpoints.gguf_layout import Layout, architecture_of
+from jlora.checkpoints.gguf_config import write_metadata
+from jlora.checkpoints.gguf_layout import Layout
+from jlora.checkpoints.gguf_rope import Factors
 from jlora.checkpoints.gguf_vocabulary import write_tokenizer
-from jlora.checkpoints.weights import stored_shapes
 from jlora.core.tree import leaves_by_path
 from jlora.errors import CheckpointError, ConfigError
-from jlora.models import families
+from jlora.models import layout
 from jlora.models.config import DecoderConfig
 
 if TYPE_CHECKING:
@@ -43,6 +40,10 @@ _LARGEST = {'F16': 65504.0, 'Q8_0': 127 * 65504.0}
 _INTEGERS = {'token_type': 'int32'}  # other arrays of numbers are float32
 
 
+# Weights with two axes that llama.cpp keeps in float32.
+_FINE = ('layers/mlp/router/kernel', 'position_embed/embedding')
+
+
 @dataclasses.dataclass(frozen=True)
 class GgufPlan:
   """What a file will hold, checked before anything is written.
@@ -50,13 +51,15 @@ class GgufPlan:
   Attributes:
     config: The decoder's sizes.
     metadata: Values by key, the tokenizer's among them.
-    kinds: Encoding of each tensor, by Hugging Face's names in the order in
-      which they are written.
+    kinds: Encoding of each weight, by llama.cpp's names in the order in which
+      they are written.
+    factors: Tensors that say how the rotary wavelengths are stretched.
   """
 
   config: DecoderConfig
   metadata: Mapping[str, Any]
   kinds: Mapping[str, Kind]
+  factors: Factors
 
   def describe(self) -> str:
     """Returns one line: how many tensors have which encoding."""
@@ -82,7 +85,7 @@ def plan_gguf(
     tokenizer: Stored with the model.
     kind: What weights are rounded to, one of KINDS.
     eos_token_ids: Ids that end a generation; empty for the tokenizer's own.
-    title: A name for people.
+    title: A name for people; llama.cpp looks for some names of models in it.
 
   Raises:
     ConfigError: The model or the tokenizer has a feature that GGUF cannot
@@ -92,19 +95,33 @@ def plan_gguf(
     raise ConfigError(
       f'{kind!r} is not written as GGUF; use {", ".join(KINDS)}'
     )
-  shapes = stored_shapes(config)
-  known = architecture_of(config.family) and Layout(config)
-  named = {known.name(n): s for n, s in shapes.items()} if known else {}
-  metadata = write_metadata(config, named) | {
+  if architecture_of(config.family) is None:
+    known = ', '.join(f for a in ARCHITECTURES.values() for f in a.families)
+    raise ConfigError(
+      f'a {config.family} model cannot be written as GGUF; known are {known}'
+    )
+  places = Layout(config)
+  metadata, factors = write_metadata(config, places.shapes)
+  metadata |= {
     'general.type': 'model',
-    'general.name': title or config.family,
+    **({'general.name': title} if title else {}),
     'general.file_type': int(_FILE_TYPES[kind]),
     'general.quantization_version': gguf.GGML_QUANT_VERSION,
   }
   metadata |= write_tokenizer(tokenizer, config.vocab_size, eos_token_ids)
-  ordered = (n for weight in families.weights(config) for n in weight.tensors)
-  kinds = {name: _kind(shapes[name], kind) for name in ordered}
-  return GgufPlan(config, metadata, kinds)
+  kinds = {}
+  for weight, layer in _in_order(config):
+    name = places.tensor(weight, layer)
+    fine = weight.path in _FINE
+    kinds[name] = Kind.F32 if fine else _kind(places.shapes[name], kind)
+  return GgufPlan(config, metadata, kinds, factors)
+
+
+def _in_order(config: DecoderConfig) -> Iterator[tuple[layout.Weight, int]]:
+  """Yields every leaf with each of its layers."""
+  for weight in layout.weights(config):
+    for layer in range(weight.stack[0] if weight.stacked else 1):
+      yield weight, layer
 
 
 def _kind(shape: tuple[int, ...], kind: str) -> Kind:
@@ -131,11 +148,17 @@ def save_gguf(
       what was there before is kept.
   """
   path = check_gguf_path(path)
-  tensors = _stored(plan.config, leaves_by_path(params))
+  leaves = leaves_by_path(params)
+  for weight in layout.weights(plan.config):
+    leaf = leaves.get(weight.path)
+    if leaf is None or tuple(leaf.shape) != weight.shape:
+      raise CheckpointError(
+        f'{weight.path} of shape {weight.shape} is not among the parameters'
+      )
   with replacing_file(path) as new:
     writer = gguf.GGUFWriter(new, plan.metadata['general.architecture'])
     try:
-      _write(writer, plan, tensors)
+      _write(writer, plan, leaves)
     finally:
       writer.close()
 
@@ -155,27 +178,27 @@ def check_gguf_path(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _write(
-  writer: gguf.GGUFWriter,
-  plan: GgufPlan,
-  tensors: Iterator[tuple[str, np.ndarray]],
+  writer: gguf.GGUFWriter, plan: GgufPlan, leaves: Mapping[str, Any]
 ) -> None:
-  layout, shapes = Layout(plan.config), stored_shapes(plan.config)
+  places = Layout(plan.config)
   for key, value in plan.metadata.items():
     if key != 'general.architecture':  # which the writer has already
       _add(writer, key, value)
   for name, kind in plan.kinds.items():
-    _announce(writer, layout.name(name), shapes[name], kind)
-  factors = rope_factors(plan.config)
-  if factors is not None:
-    _announce(writer, ROPE_FACTORS, factors.shape, Kind.F32)
+    _announce(writer, name, places.shapes[name], kind)
+  for name, factors in plan.factors.items():
+    _announce(writer, name, factors.shape, Kind.F32)
   writer.write_header_to_file()
   writer.write_kv_data_to_file()
   writer.write_ti_data_to_file()
-  for name, tensor in tensors:
-    _check_range(name, tensor, plan.kinds[name])
-    arranged = np.ascontiguousarray(layout.arrange(name, tensor))
-    writer.write_tensor_data(gguf.quants.quantize(arranged, plan.kinds[name]))
-  if factors is not None:
+  for weight, layer in _in_order(plan.config):
+    leaf = leaves[weight.path]
+    values = np.asarray(leaf[layer] if weight.stacked else leaf, np.float32)
+    kind = plan.kinds[places.tensor(weight, layer)]
+    _check_range(weight.path, values, kind)
+    arranged = np.ascontiguousarray(places.arrange(weight, values))
+    writer.write_tensor_data(gguf.quants.quantize(arranged, kind))
+  for factors in plan.factors.values():
     writer.write_tensor_data(factors)
 
 
@@ -220,18 +243,3 @@ def _check_range(name: str, tensor: np.ndarray, kind: Kind) -> None:
       f'{name} holds values that are not finite as {kind.name}; the largest is'
       f' {largest}. Write it as BF16 or F32'
     )
-
-
-def _stored(
-  config: DecoderConfig, leaves: Mapping[str, Any]
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields float32 tensors with Hugging Face's names and layout."""
-  for weight in families.weights(config):
-    leaf = leaves.get(weight.path)
-    if leaf is None or tuple(leaf.shape) != weight.shape:
-      raise CheckpointError(
-        f'{weight.path} of shape {weight.shape} is not among the parameters'
-      )
-    for i, name in enumerate(weight.tensors):
-      tensor = np.asarray(leaf[i] if weight.stacked else leaf, np.float32)
-      yield name, tensor.T if weight.transposed else tensor

@@ -10,9 +10,9 @@ import numpy as np
 
 from jlora.checkpoints import tokenizers
 from jlora.checkpoints.gguf import GgufFile
-from jlora.checkpoints.gguf_config import ROPE_FACTORS, read_metadata
-from jlora.checkpoints.gguf_layout import Layout
-from jlora.checkpoints.weights import Index, check_tensors, stored_shapes
+from jlora.checkpoints.gguf_config import read_metadata, stretch_tensors
+from jlora.checkpoints.gguf_layout import Layout, Place, rotary_rows
+from jlora.checkpoints.weights import Index, check_tensors
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -38,13 +38,15 @@ class GgufModel:
     """
     self.file = GgufFile(path)
     shapes = {name: info.shape for name, info in self.file.tensors.items()}
-    stretched = shapes.pop(ROPE_FACTORS, None)
-    factors = self.file.read(ROPE_FACTORS) if stretched else None
-    self.config = read_metadata(path, self.file.metadata, shapes, factors)
+    metadata = self.file.metadata
+    factors = {
+      name: self.file.read(name)
+      for name in stretch_tensors(path, metadata)
+      if shapes.pop(name, None)
+    }
+    self.config = read_metadata(path, metadata, shapes, factors)
     self._layout = Layout(self.config)
-    wanted = stored_shapes(self.config).items()
-    wanted = {self._layout.name(name): shape for name, shape in wanted}
-    check_tensors(self.file.path, shapes, wanted)
+    check_tensors(self.file.path, shapes, self._layout.shapes)
 
   @property
   def paths(self) -> tuple[pathlib.Path, ...]:
@@ -87,14 +89,29 @@ class GgufModel:
       index: One slice an axis; of the others, no row is read. None is
         everything.
     """
-    stored = self._layout.name(name)
-    shape = self.file.tensors[stored].shape
-    places = self._layout.rows(name, shape[0])
-    if len(shape) < 2:
-      weight = self.file.read(stored, dtype)
-      weight = weight if places is None else weight[places]
-      return weight[index] if index else weight
-    rows, columns = index or (slice(None),) * 2
-    if places is not None:
-      rows = places[rows]
-    return self.file.read(stored, dtype, rows=rows, columns=columns)
+    place = self._layout.places[name]
+    *stack, last = self.file.tensors[place.tensor].shape
+    if stack:
+      return self._read_matrix(place, stack[-1], dtype, index)
+    vector = self.file.read(place.tensor) - np.float32(place.offset)
+    if place.heads:
+      vector = vector[rotary_rows(last, place.heads)]
+    return vector[index or slice(None)].astype(dtype, copy=False)
+
+  def _read_matrix(
+    self,
+    place: Place,
+    count: int,
+    dtype: np.dtype | type,
+    index: Index | None,
+  ) -> np.ndarray:
+    """Returns a part of a matrix of `count` rows."""
+    index = index or (slice(None),) * 2
+    rows, columns = index[::-1] if place.turned else index
+    first, last, _ = rows.indices(count)
+    start = (place.expert or 0) * count
+    rows = slice(start + first, start + last)
+    if place.heads:
+      rows = rotary_rows(count, place.heads)[rows]
+    part = self.file.read(place.tensor, dtype, rows=rows, columns=columns)
+    return part.T if place.turned else part

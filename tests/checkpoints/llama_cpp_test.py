@@ -77,7 +77,11 @@ def test_the_stretch_of_llama_3_is_recognized(
     ({'keys': {'block_count': 2**31}}, 'num_hidden_layers=2147483648'),
     ({'keys': {'attention.head_count': 0}}, 'num_attention_heads=0'),
     ({'keys': {'attention.head_count_kv': 3}}, 'do not divide'),
-    ({'keys': {'expert_count': 8}}, 'expert_count=8'),
+    ({'keys': {'expert_count': 8}}, 'llama.expert_used_count'),
+    (
+      {'keys': {'expert_count': 8, 'expert_used_count': 2}},
+      'lacks .*ffn_gate_exps',
+    ),
     ({'keys': {'rope.dimension_count': 8}}, 'rope.dimension_count=8'),
   ],
 )
