@@ -40,6 +40,7 @@ GEMMA = {
   **WINDOW,
 }
 PHI = {'fused': ('qkv_proj', 'gate_up_proj'), 'head_dim': 8}
+MOE = {'experts': 5, 'experts_per_token': 2}
 LONG = LongScaling(
   short_factor=(1.0, 1.1, 1.2),
   long_factor=(1.5, 2.0, 3.0),
@@ -111,14 +112,27 @@ ROWS = {
     'learned_positions': True,
     'norm': 'layer',
   },
+  'mixtral': {**MOE, **WINDOW, 'local_layers': (0, 1, 2), 'head_dim': 8},
+  'qwen3_moe': {**MOE, 'qk_norm': True, 'normalize_experts': False},
+  'qwen3_moe untied': {
+    **MOE,
+    'biases': (*QKV, 'o_proj'),
+    'experts_per_token': 1,
+    'qk_norm': True,
+    'tie_embeddings': False,
+  },
 }
+
+
+def make_config(name):
+  """Returns the small decoder of a row."""
+  return dataclasses.replace(CONFIG, family=name.split()[0], **ROWS[name])
 
 
 @pytest.fixture(params=ROWS)
 def family_config(request):
   """A small decoder of every family, with every switch."""
-  family = request.param.split()[0]
-  return dataclasses.replace(CONFIG, family=family, **ROWS[request.param])
+  return make_config(request.param)
 
 
 def make_params(config, seed=0):
@@ -161,7 +175,17 @@ def make_oracle(config, params):
   if config.tie_embeddings:
     embedding = layout.module_of(config, 'embed')
     state['lm_head.weight'] = state[f'{embedding}.weight']
-  oracle.load_state_dict(state, strict=True)
+  if config.experts:  # held in another form than they are stored in
+    oracle, info = type(oracle).from_pretrained(
+      None,
+      config=fields,
+      state_dict=state,
+      output_loading_info=True,
+      attn_implementation='eager',
+    )
+    assert not info['missing_keys'] | info['unexpected_keys']
+  else:
+    oracle.load_state_dict(state, strict=True)
   return oracle.eval()
 
 

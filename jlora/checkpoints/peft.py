@@ -12,6 +12,11 @@ import safetensors.numpy
 
 from jlora.checkpoints import adapters, peft_config
 from jlora.checkpoints.adapters import Adapter
+from jlora.checkpoints.peft_experts import (
+  fuse_shapes,
+  make_fused,
+  split_tensors,
+)
 from jlora.checkpoints.peft_initial import (
   add_initial,
   only_pairs,
@@ -155,7 +160,10 @@ def load_adapter(
   layouts = make_layouts(selection, config, base)
   copies = base_layouts(layouts, base)
   path, start = folder / adapters.TENSORS_FILE, folder / adapters.START_FILE
-  tensors = load_tensors(path, _shapes(layouts), _shapes(copies))
+  parameters = peft_config.load_parameters(folder / adapters.CONFIG_FILE, base)
+  fused = make_fused(parameters, base)
+  shapes = fuse_shapes(_shapes(layouts), fused)
+  tensors = split_tensors(load_tensors(path, shapes, _shapes(copies)), fused)
   nodes = {path: layout.read(tensors) for path, layout in layouts.items()}
   return Adapter(
     trainable=tree.nest(nodes),

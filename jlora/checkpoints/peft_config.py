@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jlora.checkpoints import adapters
+from jlora.checkpoints.peft_experts import target_parameters
 from jlora.checkpoints.peft_modules import Modules, shorten
 from jlora.checkpoints.peft_names import (
   saved_modules,
@@ -28,7 +29,6 @@ _ARITHMETIC = {
   'lora_bias': False,
   'megatron_config': None,
   'monteclora_config': None,
-  'target_parameters': None,
   'use_bdlora': None,
   'use_qalora': False,
   'velora_config': None,
@@ -47,6 +47,7 @@ _SELECTION = {
   'r': 8,
   'rank_pattern': {},
   'target_modules': None,
+  'target_parameters': None,
   'trainable_token_indices': None,
   'use_dora': False,
   'use_rslora': False,
@@ -137,7 +138,7 @@ def load_selection(path: pathlib.Path, base: Modules) -> Selection:
     _check_kind(fields)
     saved = saved_modules(fields, base)
     selection = Selection(
-      pairs={m: _strength(fields, m) for m in target_modules(fields, base)},
+      pairs={**_module_pairs(fields, base), **_parameter_pairs(fields, base)},
       saved=saved,
       rows=trained_rows(fields, base),
       dropout=_number('lora_dropout', fields['lora_dropout']),
@@ -152,6 +153,37 @@ def load_selection(path: pathlib.Path, base: Modules) -> Selection:
       f'{path}: {error.pattern!r} is no regular expression: {error}'
     ) from error
   return selection
+
+
+def load_parameters(path: pathlib.Path, base: Modules) -> tuple[str, ...]:
+  """Returns the parameters with fused pairs that an adapter_config.json names.
+
+  Args:
+    path: The file; `load_selection` has read it.
+    base: Modules of the base.
+  """
+  fields = {**_SELECTION, **adapters.load_json(path)}
+  return target_parameters(fields, base)
+
+
+Pairs = dict[str, tuple[int, float]]
+
+
+def _module_pairs(fields: dict[str, Any], base: Modules) -> Pairs:
+  """Returns rank and alpha of the modules with a pair of their own."""
+  if fields['target_parameters'] and not fields['target_modules']:
+    return {}
+  return {m: _strength(fields, m) for m in target_modules(fields, base)}
+
+
+def _parameter_pairs(fields: dict[str, Any], base: Modules) -> Pairs:
+  """Returns rank and alpha of the modules whose pairs are fused."""
+  return {
+    module: _strength(fields, parameter)
+    for parameter in target_parameters(fields, base)
+    for modules in base.parameters[parameter]
+    for module in modules
+  }
 
 
 def _check_kind(fields: dict[str, Any]) -> None:

@@ -151,8 +151,9 @@ class Layout(abc.ABC):
 
   def stack(self, array: np.ndarray) -> np.ndarray:
     """Returns an array with a leading axis over the leaf's modules."""
-    return array if self.weight.stacked else array[None]
+    inner = array.shape[len(self.weight.stack) :]
+    return array.reshape(len(self.weight.modules), *inner)
 
   def unstack(self, array: np.ndarray) -> np.ndarray:
-    """Returns an array without it where the leaf has none."""
-    return array if self.weight.stacked else array[0]
+    """Returns an array with the leaf's own leading axes again."""
+    return array.reshape(*self.weight.stack, *array.shape[1:])

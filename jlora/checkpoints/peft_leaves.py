@@ -128,7 +128,7 @@ class Full(Layout):
   def shares(self) -> list[Share]:
     """One a module."""
     parts = {'full': Part(self.suffix, self.weight.transposed)}
-    shape = self.weight.shape[1:] if self.weight.stacked else self.weight.shape
+    shape = self.weight.shape[len(self.weight.stack) :]
     modules = (*self.weight.modules, *([self.twin] if self.twin else []))
     return [Share(module, parts, {'full': shape}) for module in modules]
 

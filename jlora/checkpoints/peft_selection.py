@@ -164,6 +164,11 @@ def check_selection(selection: Selection, base: Modules) -> None:
       f'{base.embedding} and {base.head} have rank and alpha'
       f' {sorted(strengths)}, but this base has one tensor for both'
     )
+  if whole := selection.saved & base.experts:
+    raise AdapterError(
+      f'{min(whole)!r} is trained in full, and PEFT has no file for single'
+      ' experts; export the whole model with --to=merged'
+    )
   kinds = (selection.pairs.keys(), selection.saved, selection.rows.keys())
   counts = collections.Counter(module for kind in kinds for module in kind)
   twice = sorted(module for module, count in counts.items() if count > 1)

@@ -152,7 +152,7 @@ def _quantize(
   found: tuple[np.ndarray, np.ndarray] | None = None
   count = len(range(leaf.shape[0])[stacked[0]]) if stacked else 1
   for i, layer in enumerate(leaf.layers((*stacked, inputs, outputs))):
-    parts = tuple(map(np.asarray, quantize_blocks(layer, spec)))
+    parts = _blocks(layer, spec)
     if not stacked:
       return parts
     if found is None:
@@ -160,6 +160,17 @@ def _quantize(
     for array, part in zip(found, parts, strict=True):
       array[i] = part
   return found
+
+
+def _blocks(
+  kernel: np.ndarray, spec: QuantSpec
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns codes and absmax of a kernel [in, out], or of each of several."""
+  if kernel.ndim == 2:
+    codes, absmax = quantize_blocks(kernel, spec)
+    return np.asarray(codes), np.asarray(absmax)
+  codes, absmax = zip(*(_blocks(x, spec) for x in kernel), strict=True)
+  return np.stack(codes), np.stack(absmax)
 
 
 @functools.cache
@@ -175,6 +186,6 @@ def _nest(
     return quantize_absmax(absmax)
 
   def run(absmax: jax.Array) -> tuple[jax.Array, ...]:
-    return jax.lax.map(one, absmax) if absmax.ndim == 3 else one(absmax)
+    return one(absmax) if absmax.ndim == 2 else jax.lax.map(run, absmax)
 
   return jax.jit(run, out_shardings=shardings)

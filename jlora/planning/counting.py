@@ -145,7 +145,7 @@ def _kernels(config: DecoderConfig, halves: Halves, live: Live) -> float:
   leaves = leaves_by_path(halves.frozen, is_quantized)
   sizes = {True: [0], False: [0]}  # by whether they are quantized
   for path, leaf in leaves.items():
-    if path.startswith('layers/') and len(leaf.shape) == 3:
+    if path.startswith('layers/') and len(leaf.shape) > 2:
       count = math.prod(leaf.shape[1:])
       sizes[is_quantized(leaf)].append(count * halves.dtype.itemsize)
   quantized = live.decoded * sum(sizes[True]) + live.largest * max(sizes[True])

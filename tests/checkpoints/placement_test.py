@@ -1,3 +1,4 @@
+import dataclasses
 import pathlib
 
 import chex
@@ -8,9 +9,11 @@ import pytest
 
 import jlora
 from jlora.checkpoints.bases import DEFAULT_BASE, open_base
+from jlora.checkpoints.hf import save_folder
 from jlora.checkpoints.placement import load_frozen, load_split
 from jlora.models import families
 from jlora.models.decoder import Decoder
+from tests.decoders import make_config, make_params
 
 
 def test_leaves_quantized_as_they_arrive_equal_a_tree_quantized(tiny_base):
@@ -34,6 +37,24 @@ def test_codes_compute_in_the_dtype_that_is_asked_for(tiny_base):
   quant = families.resolve(jlora.QuantSpec(), base.config)
   kernel = load_frozen(base, quant, jnp.bfloat16)['layers']['mlp']['up_proj']
   assert kernel['kernel'].dtype == jnp.bfloat16
+
+
+def test_experts_split_as_they_arrive_equal_a_tree_partitioned(
+  tiny_base, tmp_path
+):
+  config = dataclasses.replace(make_config('mixtral'), vocab_size=320)
+  tokenizer = open_base(str(tiny_base)).tokenizer
+  save_folder(tmp_path / 'moe', config, make_params(config), tokenizer)
+  base = open_base(str(tmp_path / 'moe'))
+  quant = families.resolve(jlora.QuantSpec(block_size=16), config)
+  spec = families.resolve(jlora.LoraSpec(rank=2, variant='dora'), config)
+  dense = jax.tree.map(jnp.asarray, base.load_params())
+  key = jax.random.key(5)
+  found = load_split(key, base, spec, quant, jnp.float32)[:2]
+  chex.assert_trees_all_equal(
+    found, jlora.partition(key, dense, spec, quant=quant)
+  )
+  assert 'router' not in found[1]['layers']['mlp']
 
 
 @pytest.mark.parametrize(

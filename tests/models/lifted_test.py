@@ -1,7 +1,5 @@
 """Every family is adapted and quantized without a kernel being formed."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,22 +8,36 @@ import pytest
 import jlora
 from jlora.models import families
 from jlora.models.decoder import Decoder
-from tests.decoders import CONFIG, ROWS, make_params
+from tests.decoders import make_config, make_params
 
-NAMES = ('llama biases', 'mistral', 'qwen2 windows', 'qwen3', 'smollm3 windows')
+NAMES = (
+  'llama biases',
+  'mistral',
+  'qwen2 windows',
+  'qwen3',
+  'smollm3 windows',
+  'phi3',
+  'gemma2',
+  'gemma3_text',
+  'gpt2',
+  'mixtral',
+  'qwen3_moe',
+)
 
 
 @pytest.mark.parametrize('name', NAMES)
 def test_lifted_logits_and_gradients_are_the_merged(name):
-  fields = {'family': name.split()[0], **ROWS[name]}
-  config = dataclasses.replace(CONFIG, **fields)
+  config = make_config(name)
   spec = families.resolve(jlora.LoraSpec(rank=2), config)
   quant = families.resolve(jlora.QuantSpec(block_size=4), config)
   key, tokens = jax.random.key(0), jnp.arange(24).reshape(2, 12) * 5 % 96
   frozen, trainable = jlora.partition(
     key, make_params(config), spec, quant=quant
   )
-  trainable = jax.tree.map(lambda x: x + 0.05, trainable)
+  rng = np.random.default_rng(0)
+  trainable = jax.tree.map(
+    lambda x: x + rng.normal(0, 0.05, x.shape).astype('f4'), trainable
+  )
   model = Decoder(config, remat='full')
 
   def apply(params):
