@@ -14,7 +14,7 @@ from jlora.checkpoints.weights import load_params
 from jlora.core.tree import leaves_by_path
 from jlora.errors import CheckpointError, ConfigError
 from jlora.models.decoder import Decoder
-from tests.decoders import CONFIG, ROWS, assert_near, make_params, stored
+from tests.decoders import CONFIG, MOE, ROWS, assert_near, make_params, stored
 
 # Rows of the table of families that GGUF cannot express, and why.
 REFUSED = {
@@ -25,11 +25,13 @@ REFUSED = {
   'qwen3 windows': 'sliding_window=7',
   'smollm3': r'unrotated_layers=\(1,\)',
   'smollm3 windows': 'sliding_window=7',
+  'mixtral': 'sliding_window=7',
+  'qwen3_moe': 'normalize_experts=False',
+  'qwen3_moe untied': 'biases=',
   'gemma2': 'query_scalar=10',
   'gemma3_text': 'query_scalar=10',
   'gemma3_text whole': 'query_scalar=10',
 }
-EXPERTS = {'experts': 4, 'experts_per_token': 2}
 # Rows of its own: what GGUF can express of those families.
 OWN = {
   'gemma2 scaled by width': {**ROWS['gemma2'], 'query_scalar': 12},
@@ -40,8 +42,8 @@ OWN = {
     'mlp_dim': 128,
     'max_positions': 1024,
   },
-  'mixtral': EXPERTS,
-  'qwen3_moe': {**EXPERTS, 'qk_norm': True},
+  'mixtral whole': MOE,
+  'qwen3_moe normalized': {**MOE, 'qk_norm': True},
   'smollm3 every fourth': {
     'unrotated_layers': (3,),
     'layers': 4,
@@ -49,11 +51,8 @@ OWN = {
   },
 }
 WRITTEN = [*(row for row in ROWS if row not in REFUSED), *OWN]
-# What transformers reads whole: neither biases nor stretches.
-READ_BY_TRANSFORMERS = [
-  'llama', 'llama untied', 'llama one kv head', 'qwen2',
-  'gpt2 of usual width',
-]  # fmt: skip
+# Of those that transformers reads whole, with neither biases nor stretches.
+READ_BY_TRANSFORMERS = ['llama untied', 'qwen2', 'gpt2 of usual width']
 
 
 def config_of(row):
