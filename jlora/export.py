@@ -5,9 +5,14 @@ r"""Writes what a run trained in a form that other programs open.
 --to=merged  a Hugging Face folder that transformers loads: the base that was
              trained on (4-bit codes decoded) plus the update, summed in
              float32 and written in --dtype. It computes what was trained.
+             --into=original adds the update to the base's own weights, which
+             is another function.
 --to=gguf    the same sum in one GGUF file that llama.cpp loads, with --dtype
              F16, BF16, F32 or Q8_0, and norms in F32. What GGUF cannot say of
              a model or a tokenizer is refused by name.
+--to=bnb4    the base in the 4-bit codes that were trained on, as bitsandbytes
+             stores them, and the adapter for it in PATH-adapter.
+             --requantize merges the adapter and quantizes the sum.
 --to=peft    an adapter folder that PEFT loads.
 
 Instead of --run: --base=B --adapter=DIR.
@@ -27,58 +32,87 @@ if TYPE_CHECKING:
 _RUN = flags.DEFINE_string('run', None, 'Run folder.')
 _BASE = flags.DEFINE_string('base', None, 'Base model, where there is no run.')
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Adapter folder on the base.')
-_TO = flags.DEFINE_string('to', None, 'merged, gguf or peft.')
+_TO = flags.DEFINE_string('to', None, 'merged, gguf, bnb4 or peft.')
 _OUT = flags.DEFINE_string('out', None, 'Folder, or GGUF file, to write.')
 _DTYPE = flags.DEFINE_string(
   'dtype',
   None,
-  'Of a merged model: bfloat16 (the default), float16 or float32. Of a GGUF'
-  ' file: F16 (the default), BF16, F32 or Q8_0.',
+  'Of weights: bfloat16 (the default), float16 or float32. Of a GGUF file: F16'
+  ' (the default), BF16, F32 or Q8_0.',
 )
-_DTYPES = {  # the first is the default
-  'merged': ('bfloat16', 'float16', 'float32'),
-  'gguf': ('F16', 'BF16', 'F32', 'Q8_0'),
-  'peft': (None,),
-}
-# The same in GGUF's words.
-_KINDS = {'bfloat16': 'BF16', 'float16': 'F16', 'float32': 'F32'}
+_INTO = flags.DEFINE_string(
+  'into', 'trained', 'What --to=merged adds to: trained or original weights.'
+)
+_SHARD = flags.DEFINE_string(
+  'max_shard_size', '50GB', 'Largest file of weights, such as 5GB.'
+)
+_REQUANTIZE = flags.DEFINE_bool(
+  'requantize', False, 'With --to=bnb4, quantize the merged weights again.'
+)
+_ANYWAY = flags.DEFINE_bool(
+  'anyway', False, 'With --requantize, write what is left of the adapter.'
+)
 _ANY_BASE = flags.DEFINE_bool(
   'allow_other_base', False, 'Accept an adapter that another base was part of.'
 )
+_FLOATS = ('bfloat16', 'float16', 'float32')  # the first is the default
+_CHOICES = {
+  'to': ('merged', 'gguf', 'bnb4', 'peft'),
+  'into': ('trained', 'original'),
+}
+_DTYPES = {
+  'merged': _FLOATS,
+  'gguf': ('F16', 'BF16', 'F32', 'Q8_0'),
+  'bnb4': _FLOATS,
+  'peft': _FLOATS,
+}
+# The same in GGUF's words.
+_KINDS = {'bfloat16': 'BF16', 'float16': 'F16', 'float32': 'F32'}
 
 
 def main() -> None:
   """Checks the flags, then writes."""
-  if _TO.value not in _DTYPES:
-    raise ConfigError(f'--to is {_TO.value!r}; use merged, gguf or peft')
-  if not _OUT.value:
-    raise ConfigError('--out is missing; name what to write')
+  _check_flags()
   dtype, out = _read_dtype(_TO.value), pathlib.Path(_OUT.value)
   if _TO.value == 'gguf':
     from jlora.checkpoints.gguf_writer import check_gguf_path
 
     check_gguf_path(out)
   from jlora import runs
+  from jlora.checkpoints.shard_files import as_bytes
 
+  as_bytes(_SHARD.value)  # or it refuses, before anything is loaded
   tuned = runs.open_model(
     _RUN.value,
     _BASE.value,
     _ADAPTER.value,
     allow_other_base=_ANY_BASE.value,
   )
-  if _TO.value == 'merged':
-    _write_merged(tuned, out, dtype)
-  elif _TO.value == 'gguf':
-    _write_gguf(tuned, out, dtype)
-  else:
-    _write_peft(tuned, out)
+  for line in _write(tuned, out, dtype):
+    print(line)
   print(f'written to {out.absolute()}')
 
 
-def _read_dtype(to: str) -> str | None:
+def _check_flags() -> None:
+  for name, known in _CHOICES.items():
+    if (value := flags.FLAGS[name].value) not in known:
+      raise ConfigError(f'--{name} is {value!r}; use {", ".join(known)}')
+  if not _OUT.value:
+    raise ConfigError('--out is missing; name what to write')
+  for name, value, needs in (
+    ('--into=original', _INTO.value == 'original', 'merged'),
+    ('--requantize', _REQUANTIZE.value, 'bnb4'),
+  ):
+    if value and _TO.value != needs:
+      raise ConfigError(f'{name} goes with --to={needs}, not {_TO.value}')
+  if _ANYWAY.value and not _REQUANTIZE.value:
+    raise ConfigError('--anyway goes with --requantize')
+
+
+def _read_dtype(to: str) -> str:
   """Returns --dtype, or what is usual for a form."""
   known = _DTYPES[to]
-  if _DTYPE.value is None or to == 'peft':
+  if _DTYPE.value is None:
     return known[0]
   words = _KINDS if to == 'gguf' else {}
   dtype = words.get(_DTYPE.value, _DTYPE.value)
@@ -87,47 +121,35 @@ def _read_dtype(to: str) -> str | None:
   return dtype
 
 
-def _write_merged(tuned: 'Tuned', out: pathlib.Path, dtype: str) -> None:
-  from jlora.checkpoints.hf import save_folder
+def _write(tuned: 'Tuned', out: pathlib.Path, dtype: str) -> list[str]:
+  """Writes, and returns what there is to say."""
+  from jlora.inference import exports
 
-  save_folder(
-    out,
-    tuned.base.config,
-    tuned.dense('float32'),
-    tuned.base.tokenizer,
-    dtype,
-    eos_token_ids=tuned.base.eos_token_ids,
-  )
-
-
-def _write_gguf(tuned: 'Tuned', out: pathlib.Path, kind: str) -> None:
-  from jlora.checkpoints.gguf_writer import plan_gguf, save_gguf
-
-  plan = plan_gguf(
-    tuned.base.config,
-    tuned.base.tokenizer,
-    kind,
-    eos_token_ids=tuned.base.eos_token_ids,
-    title=out.stem,
-  )
-  print(plan.describe())
-  save_gguf(out, plan, tuned.dense('float32'))
+  files = exports.Files(dtype=dtype, max_shard_size=_SHARD.value)
+  if _TO.value == 'peft':
+    exports.write_peft(tuned, out)
+    return []
+  if _TO.value == 'gguf':
+    return [exports.write_gguf(tuned, out, dtype)]
+  if _TO.value == 'merged':
+    distance = exports.write_merged(tuned, out, files, into=_INTO.value)
+    return [f'merged into the {_INTO.value} weights: {distance}']
+  if not _REQUANTIZE.value:
+    return exports.write_packed(tuned, out, files)
+  return _requantize(tuned, out, files)
 
 
-def _write_peft(tuned: 'Tuned', out: pathlib.Path) -> None:
-  from jlora.checkpoints.peft import save_adapter
+def _requantize(tuned: 'Tuned', out: pathlib.Path, files: object) -> list[str]:
+  from jlora.inference import exports
+  from jlora.inference.requantizing import requantize
 
-  if tuned.spec is None:
-    raise ConfigError('there is no adapter to write; use --to=merged')
-  save_adapter(
-    out,
-    tuned.trainable,
-    tuned.spec,
-    tuned.base.config,
-    base_name=tuned.base.name,
-    metadata=tuned.metadata,
-    starts=tuned.starts,
-  )
+  found = requantize(tuned)
+  if not _ANYWAY.value:
+    raise ConfigError(
+      f'{found}; leave --requantize out, which writes codes and adapter apart,'
+      ' use --to=merged, or write this with --anyway'
+    )
+  return exports.write_requantized(tuned, out, files, found)
 
 
 if __name__ == '__main__':

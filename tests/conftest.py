@@ -102,7 +102,7 @@ def sizes():
 @pytest.fixture(scope='session')
 def tiny_base(tmp_path_factory):
   """A Hugging Face folder: two random layers and a byte-level tokenizer."""
-  from jlora.checkpoints.hf import save_folder
+  from jlora.checkpoints.model_folders import save_folder
   from jlora.core.tree import nest
   from jlora.models import layout
   from jlora.models.config import DecoderConfig

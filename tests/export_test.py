@@ -36,13 +36,15 @@ def logits_of(model):
 def export(commands, run, *flags):
   ended = commands.run('export', f'--run={run}', *flags)
   assert (ended.rc, ended.stderr) == (0, '')
+  return ended.stdout
 
 
 def test_transformers_computes_what_was_trained(
   commands, finished, logits, transformers, tmp_path
 ):
   flags = ('--to=merged', f'--out={tmp_path / "m"}', '--dtype=float32')
-  export(commands, finished[0], *flags)
+  text = export(commands, finished[0], *flags)
+  assert 'differ from the trained ones by 0.0% of the adapter' in text
   model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'm')
   np.testing.assert_allclose(logits_of(model), logits, atol=1e-4)
 
@@ -87,12 +89,121 @@ def test_a_gguf_file_computes_what_was_trained(
   assert base.tokenizer.encode(text) == expected
 
 
+def test_a_merged_folder_gives_the_adapted_models_text(
+  finished, tuned, transformers, tmp_path
+):
+  import torch
+
+  from jlora.data.conversations import Conversation, Message
+  from jlora.data.tokens import prompt_tokens
+  from jlora.inference import exports
+  from jlora.inference.sampler import generate
+  from jlora.inference.sampling import Sampling
+
+  distance = exports.write_merged(tuned, tmp_path / 'm', exports.Files())
+  assert 0 < distance.share < 0.01  # bfloat16 has 8 bits
+  assert distance.kernels == 14
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+    tmp_path / 'm', dtype=torch.float32
+  )
+  tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / 'm')
+  asked = [f'what is {i} + {j}?' for i in range(5) for j in (1, 3)]
+  prompts = [
+    prompt_tokens(
+      Conversation((Message('user', text), Message('assistant', ''))),
+      tuned.base.tokenizer,
+    )
+    for text in asked
+  ]
+  found = generate(
+    tuned.apply,
+    tuned.params,
+    tuned.base.config,
+    prompts,
+    Sampling(max_new_tokens=6),
+    eos_token_ids=tuned.base.eos_token_ids,
+    batch_size=10,
+    dtype=tuned.dtype,
+  )
+  answers = set()
+  for text, mine in zip(asked, found, strict=True):
+    ids = tokenizer.apply_chat_template(
+      [{'role': 'user', 'content': text}],
+      add_generation_prompt=True,
+      return_tensors='pt',
+    )['input_ids']
+    theirs = model.generate(ids, max_new_tokens=6, do_sample=False)
+    theirs = tokenizer.decode(theirs[0, ids.shape[1] :], True)
+    assert tuned.base.tokenizer.decode(mine, skip_special_tokens=True) == theirs
+    answers.add(theirs)
+  assert len(answers) > 2
+
+
+@pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing`:FutureWarning')
+def test_bitsandbytes_opens_the_codes_and_peft_the_adapter_beside(
+  commands, finished, logits, transformers, tmp_path
+):
+  peft, bnb = map(pytest.importorskip, ('peft', 'bitsandbytes'))
+  flags = ('--to=bnb4', f'--out={tmp_path / "q"}', '--dtype=float32')
+  text = export(commands, finished[0], *flags, '--max_shard_size=60KB')
+  assert '7 leaves are written in the codes they are in' in text
+  assert len(list((tmp_path / 'q').glob('*.safetensors'))) > 1
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'q')
+  linear = [m for m in model.modules() if isinstance(m, bnb.nn.Linear4bit)]
+  assert len(linear) == 14
+  assert all(m.weight.quant_state.nested for m in linear)
+  model = peft.PeftModel.from_pretrained(model, tmp_path / 'q-adapter')
+  model.train()  # in eval mode, its CPU kernel computes in bfloat16
+  np.testing.assert_allclose(logits_of(model), logits, atol=1e-3)
+
+
+def test_the_codes_are_those_that_bitsandbytes_would_store(
+  tuned, tiny_base, tmp_path
+):
+  from safetensors.torch import load_file
+
+  from jlora.inference import exports
+  from tests.checkpoints.packing_4bit import is_linear, pack
+
+  exports.write_packed(tuned, tmp_path / 'q', exports.Files(dtype='float32'))
+  found = load_file(tmp_path / 'q' / 'model.safetensors')
+  dense = load_file(tiny_base / 'model.safetensors')
+  off = total = 0
+  for name in filter(is_linear, dense):
+    for key, expected in pack(name, dense[name]).items():
+      if key.endswith('.absmax'):  # its CPU library rounds by another table
+        off += (found[key] != expected).sum().item()
+        total += expected.numel()
+        assert (found[key].int() - expected.int()).abs().max() <= 1
+      elif 'quant_state' in key:
+        mine, theirs = (
+          json.loads(x.numpy().tobytes()) for x in (found[key], expected)
+        )
+        offset = theirs.pop('nested_offset')
+        assert mine.pop('nested_offset') == pytest.approx(offset, rel=4e-7)
+        assert list(mine.items()) == list(theirs.items())
+      elif 'nested_absmax' in key:  # of absmax less the offset
+        np.testing.assert_allclose(found[key], expected, rtol=1e-5)
+      else:
+        assert found[key].numpy().tobytes() == expected.numpy().tobytes()
+  assert off <= 0.01 * total
+
+
+def test_quantizing_again_must_be_asked_for_twice(commands, finished, tmp_path):
+  flags = ('--to=bnb4', f'--out={tmp_path / "q"}', '--requantize')
+  ended = commands.run('export', f'--run={finished[0]}', *flags)
+  assert ended.rc == 2
+  assert "of the adapted kernels' codes change" in ended.stderr
+  assert 'or write this with --anyway' in ended.stderr
+  assert not (tmp_path / 'q').exists()
+
+
 @pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing`:FutureWarning')
 def test_peft_opens_the_adapter_on_the_dequantized_base(
   commands, finished, tuned, logits, transformers, tmp_path
 ):
   peft = pytest.importorskip('peft')
-  from jlora.checkpoints.hf import save_folder
+  from jlora.checkpoints.model_folders import save_folder
   from jlora.core.quantized import dequantize
 
   export(commands, finished[0], '--to=peft', f'--out={tmp_path / "a"}')
@@ -112,6 +223,10 @@ def test_peft_opens_the_adapter_on_the_dequantized_base(
     (('--to=gguf', '--out=x.gguf', '--dtype=Q4_K'), 'F16, BF16, F32, Q8_0'),
     (('--to=merged',), '--out is missing'),
     (('--to=merged', '--out=x', '--dtype=int8'), "'int8'"),
+    (('--to=merged', '--out=x', '--into=base'), "'base'"),
+    (('--to=peft', '--out=x', '--into=original'), 'with --to=merged'),
+    (('--to=merged', '--out=x', '--requantize'), 'with --to=bnb4'),
+    (('--to=merged', '--out=x', '--max_shard_size=big'), "'big'"),
     (('--to=merged', '--out=x', '--run=nowhere'), "'nowhere'"),
   ],
 )

@@ -10,6 +10,7 @@ import numpy as np
 
 from jlora.checkpoints import downloads, hf, shards, weights
 from jlora.checkpoints.llama_cpp import GgufModel
+from jlora.checkpoints.stored_codes import StoredCodes
 from jlora.errors import BaseModelError
 from jlora.models import layout
 from jlora.models.config import DecoderConfig
@@ -100,10 +101,22 @@ class Base:
     return tuple(dict.fromkeys(i for i in ids if i is not None))
 
   @property
+  def codes(self) -> StoredCodes | None:
+    """What of it is in 4 bits in its files; None for nothing."""
+    return self.model.codes if isinstance(self.model, hf.HfModel) else None
+
+  @property
   def parameters(self) -> int:
     """Number of parameters."""
     leaves = layout.weights(self.config)
     return sum(math.prod(weight.shape) for weight in leaves)
+
+  def leaves(self) -> dict[str, weights.StoredLeaf]:
+    """Returns the leaves by path, still in their files, to read as float32."""
+    return {
+      weight.path: weights.StoredLeaf(self.model, weight, np.float32)
+      for weight in layout.weights(self.config)
+    }
 
   def load_params(
     self,

@@ -4,13 +4,17 @@ import contextlib
 import os
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from jlora.errors import CheckpointError, ConfigError
 
 
 @contextlib.contextmanager
-def replacing(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+def replacing(
+  folder: str | os.PathLike[str],
+  *,
+  known: Callable[[str], bool] = lambda name: False,
+) -> Iterator[pathlib.Path]:
   """Gives an empty folder that takes the place of `folder` at the end.
 
   It lies beside `folder`, is flushed to the disk and renamed. If the block
@@ -19,7 +23,8 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 
   Args:
     folder: Created, or replaced if it holds only files of the names that the
-      new one has too.
+      new one has too, or `known` ones.
+    known: Whether a file of this name may go, although the new folder has none.
 
   Yields:
     The folder to write into.
@@ -36,7 +41,7 @@ def replacing(folder: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     shutil.rmtree(old, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
-    _check_replaceable(folder, new)
+    _check_replaceable(folder, new, known)
     for path in [*new.iterdir(), new]:
       _flush(path)
     if folder.exists():
@@ -98,13 +103,16 @@ def _beside(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   return folder.with_name(names[0]), folder.with_name(names[1])
 
 
-def _check_replaceable(folder: pathlib.Path, new: pathlib.Path) -> None:
+def _check_replaceable(
+  folder: pathlib.Path, new: pathlib.Path, known: Callable[[str], bool]
+) -> None:
   if not folder.exists():
     return
   if not folder.is_dir():
     raise ConfigError(f'{folder} is a file; name a new folder')
   written = {path.name for path in new.iterdir()}
-  others = sorted({path.name for path in folder.iterdir()} - written)
+  found = {path.name for path in folder.iterdir()} - written
+  others = sorted(name for name in found if not known(name))
   if others:
     raise ConfigError(
       f'{folder} would be replaced, but holds {others[0]!r}, which the new'

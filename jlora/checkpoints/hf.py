@@ -1,53 +1,39 @@
 """Hugging Face folders, read tensor by tensor: config.json and safetensors."""
 
-import json
-import os
+import functools
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
 
-from jlora.checkpoints import tokenizers
-from jlora.checkpoints.folders import replacing
+from jlora.checkpoints import bitsandbytes, tokenizers
 from jlora.checkpoints.shards import (
   DTYPES,
-  SINGLE,
   Header,
+  check_dtypes,
   check_folder,
   load_json,
   locate,
   read_headers,
-  write_tensors,
 )
+from jlora.checkpoints.stored_codes import StoredCodes, find_codes
 from jlora.checkpoints.weights import (
   Index,
   check_sizes,
   check_tensors,
-  listed,
+  parts_of,
   stored_shapes,
 )
-from jlora.core.tree import leaves_by_path
-from jlora.errors import BaseModelError, CheckpointError, ConfigError
+from jlora.errors import BaseModelError
 from jlora.models import layout
-from jlora.models.config import DecoderConfig
 from jlora.models.families import FAMILIES
-from jlora.models.hf_config import read_config, usual_fields, write_config
+from jlora.models.hf_config import read_config, usual_fields
 
 if TYPE_CHECKING:
-  from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+  from transformers import PreTrainedTokenizerFast
 
-_SAVED = {  # what a saved model consists of
-  'config.json',
-  'generation_config.json',
-  'model.safetensors',
-  'tokenizer.json',
-  'tokenizer_config.json',
-  'special_tokens_map.json',
-  'added_tokens.json',
-  'chat_template.jinja',
-}
 _HEAD = 'lm_head.weight'
 
 
@@ -57,6 +43,7 @@ class HfModel:
   Attributes:
     folder: The folder.
     config: The decoder's sizes.
+    packed: Weights that bitsandbytes stored in 4 bits, by name.
   """
 
   def __init__(self, folder: pathlib.Path):
@@ -75,7 +62,13 @@ class HfModel:
     fields = _load_config(folder)
     check_sizes(folder / 'config.json', usual_fields(fields), len(self._files))
     self.config = read_config(fields)
-    self._dtypes = self._check_tensors()
+    self._plain = FAMILIES[self.config.family].plain
+    self._dtypes = self._check_tensors(read_headers(folder, self._files))
+
+  @functools.cached_property
+  def codes(self) -> StoredCodes | None:
+    """Which leaves are in 4 bits, as they are stored; None for none."""
+    return find_codes(self.config, self.packed)
 
   @property
   def title(self) -> str:
@@ -89,8 +82,10 @@ class HfModel:
 
   @property
   def precision(self) -> str:
-    """The dtype, or dtypes, of the weights."""
-    return ' and '.join(sorted(DTYPES[kind] for kind in self._dtypes))
+    """The dtypes of the weights, and how those in 4 bits are quantized."""
+    dense = sorted(DTYPES[kind] for kind in self._dtypes)
+    recipes = sorted({str(tensor.recipe) for tensor in self.packed.values()})
+    return ' and '.join(recipes + dense)
 
   @property
   def eos_token_ids(self) -> tuple[int, ...]:
@@ -116,35 +111,50 @@ class HfModel:
       dtype: What the values are rounded to.
       index: One slice an axis, which is all that is read; None is everything.
     """
+    if name in self.packed:
+      return self._decode(name, index).astype(dtype, copy=False)
     name = self._stored[name]
     with safetensors.safe_open(self._files[name], 'numpy') as file:
-      part = file.get_slice(name)[index] if index else file.get_tensor(name)
-      return part.astype(dtype, copy=False)
+      return _rounded(file.get_slice(name), index, np.dtype(dtype))
 
-  def _check_tensors(self) -> set[str]:
+  def _read_items(self, name: str, start: int, stop: int) -> np.ndarray:
+    """Returns items of a flattened tensor as they are stored."""
+    with safetensors.safe_open(self._files[name], 'numpy') as file:
+      return file.get_slice(name)[start:stop].reshape(-1)
+
+  def _decode(self, name: str, index: Index | None) -> np.ndarray:
+    """Returns a part of a tensor in 4 bits, which lies as [out, in] always."""
+    tensor = self.packed[name]
+    if not self._plain:
+      return tensor.decode(index)
+    return tensor.decode(index and index[::-1]).T
+
+  def _check_tensors(self, header: Header) -> set[str]:
     """Checks all headers against the config and returns the dtypes."""
-    header = read_headers(self.folder, self._files)
-    self._add_prefix(header)
-    # Some versions of transformers save what is computed, not learned.
-    buffers = FAMILIES[self.config.family].buffers
-    found = {
-      name: header[stored][0]
-      for name, stored in self._stored.items()
-      if not name.endswith(buffers)
-    }
+    packed = bitsandbytes.find_packed(self.folder, header, self._read_items)
+    self._name(n for n in header if not bitsandbytes.is_part(n, packed))
+    self.packed = {n: packed[x] for n, x in self._stored.items() if x in packed}
+    dense = {n: header[x] for n, x in self._stored.items() if x not in packed}
+    check_dtypes(self.folder, dense)
+    found = {name: shape for name, (shape, _) in dense.items()}
+    for name, tensor in self.packed.items():
+      found[name] = tensor.shape[::-1] if self._plain else tensor.shape
     wanted = stored_shapes(self.config)
     tied_head = self.config.tie_embeddings and found.pop(_HEAD, None)
     check_tensors(self.folder, found, wanted)
     if tied_head:
       self._check_tied_head()
-    return {header[self._stored[name]][1] for name in wanted}
+    return {dense[name][1] for name in wanted.keys() & dense.keys()}
 
-  def _add_prefix(self, header: Header) -> None:
+  def _name(self, names: Iterable[str]) -> None:
     """Notes the stored name of each tensor; a prefix may be missing."""
-    prefix = FAMILIES[self.config.family].prefix
-    bare = not any(name.startswith(prefix) for name in header)
+    names, family = list(names), FAMILIES[self.config.family]
+    bare = not any(name.startswith(family.prefix) for name in names)
+    # Some versions of transformers save what is computed, not learned.
     self._stored = {
-      prefix + name if bare and name != _HEAD else name: name for name in header
+      family.prefix + name if bare and name != _HEAD else name: name
+      for name in names
+      if not name.endswith(family.buffers)
     }
 
   def _check_tied_head(self) -> None:
@@ -158,6 +168,21 @@ class HfModel:
       )
 
 
+def _rounded(stored: Any, index: Index | None, dtype: np.dtype) -> np.ndarray:
+  """Returns a part of a tensor, never all of it in two dtypes at once."""
+  shape = stored.get_shape()
+  first, *rest = index or tuple(slice(0, n) for n in shape)
+  if DTYPES[stored.get_dtype()] == dtype.name:
+    return stored[first, *rest]
+  rows = range(shape[0])[first]
+  sizes = (len(range(n)[s]) for n, s in zip(shape[1:], rest, strict=True))
+  result, at = np.empty((len(rows), *sizes), dtype), rows.start
+  for part in parts_of(result):
+    part[...] = stored[at : at + len(part), *rest].astype(dtype)
+    at += len(part)
+  return result
+
+
 def _load_config(folder: pathlib.Path) -> dict[str, Any]:
   fields = load_json(folder / 'config.json')
   if 'auto_map' in fields:
@@ -166,111 +191,4 @@ def _load_config(folder: pathlib.Path) -> dict[str, Any]:
       ' would come with the model; it is never run. Remove the field if the'
       ' model is a plain Llama'
     )
-  if quantized := fields.get('quantization_config'):
-    raise BaseModelError(
-      f'{folder} is quantized ({quantized!r:.80}); name the unquantized model'
-      ' and let jlora quantize it'
-    )
-  return fields
-
-
-def save_folder(
-  folder: str | os.PathLike[str],
-  config: DecoderConfig,
-  params: Mapping[str, Any] | Iterable[tuple[str, Any]],
-  tokenizer: 'PreTrainedTokenizerBase',
-  dtype: Any = 'float32',
-  *,
-  eos_token_ids: Sequence[int] = (),
-) -> None:
-  """Writes a model that `transformers` loads; tied heads stay tied.
-
-  The folder is written beside its place and renamed, so that it is never
-  half-written.
-
-  Args:
-    folder: Created, or replaced if it holds an earlier save.
-    config: The decoder's sizes.
-    params: The nested dict of dense arrays, or pairs of path and leaf in any
-      order, which need not all be in memory at once.
-    tokenizer: Saved with the model.
-    dtype: What the weights are rounded to: float32, bfloat16 or float16.
-    eos_token_ids: Ids that end a generation; empty for the tokenizer's own.
-
-  Raises:
-    ConfigError: `dtype` cannot hold the weights, or the folder holds
-      something else.
-    CheckpointError: The leaves are not those of `config`, or the disk refused;
-      what was there before is kept.
-  """
-  folder = pathlib.Path(folder).resolve()
-  dtype = _check_dtype(dtype)
-  _check_replaceable(folder)
-  with replacing(folder) as new:
-    write_tensors(
-      new / SINGLE, stored_shapes(config), dtype, _stored(config, params)
-    )
-    _write_metadata(new, config, tokenizer, dtype, eos_token_ids)
-
-
-def _check_dtype(dtype: Any) -> np.dtype:
-  if np.dtype(dtype).name not in DTYPES.values():
-    raise ConfigError(
-      f'weights cannot be saved as {dtype!r}; use {", ".join(DTYPES.values())}'
-    )
-  return np.dtype(dtype)
-
-
-def _check_replaceable(folder: pathlib.Path) -> None:
-  if folder.is_file():
-    raise ConfigError(f'{folder} is a file; name a new folder')
-  found = {path.name for path in folder.iterdir()} if folder.exists() else set()
-  if others := found - _SAVED:
-    raise ConfigError(
-      f'{folder} would be replaced, but holds {listed(others)}, which a saved'
-      ' model does not; name a new folder'
-    )
-
-
-def _stored(
-  config: DecoderConfig,
-  params: Mapping[str, Any] | Iterable[tuple[str, Any]],
-) -> Iterator[tuple[str, np.ndarray]]:
-  """Yields tensors with Hugging Face's names and layout."""
-  leaves = {weight.path: weight for weight in layout.weights(config)}
-  if isinstance(params, Mapping):
-    params = leaves_by_path(params).items()
-  for path, leaf in params:
-    if path not in leaves or tuple(leaf.shape) != leaves[path].shape:
-      raise CheckpointError(f'{path} {leaf.shape} is no leaf of {config}')
-    weight = leaves[path]
-    for place, name in weight.places():
-      tensor = np.asarray(leaf[place])
-      yield name, tensor.T if weight.transposed else tensor
-
-
-def _write_metadata(
-  folder: pathlib.Path,
-  config: DecoderConfig,
-  tokenizer: 'PreTrainedTokenizerBase',
-  dtype: np.dtype,
-  eos_token_ids: Sequence[int],
-) -> None:
-  ids = {
-    'bos_token_id': tokenizer.bos_token_id,
-    'eos_token_id': list(eos_token_ids) or tokenizer.eos_token_id,
-    'pad_token_id': tokenizer.pad_token_id,
-  }
-  fields = {**write_config(config), **ids, 'dtype': dtype.name}
-  _write_json(folder / 'config.json', fields)
-  _write_json(folder / 'generation_config.json', ids)
-  tokenizer.save_pretrained(folder)
-  # The name that every version of transformers knows its own class by.
-  path = folder / 'tokenizer_config.json'
-  _write_json(
-    path, {**load_json(path), 'tokenizer_class': 'PreTrainedTokenizerFast'}
-  )
-
-
-def _write_json(path: pathlib.Path, fields: Mapping[str, Any]) -> None:
-  path.write_text(json.dumps(fields, indent=2, sort_keys=True) + '\n')
+  return bitsandbytes.without_quantization(folder, fields)

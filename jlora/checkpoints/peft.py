@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import safetensors.numpy
 
-from jlora.checkpoints import adapters, peft_config
+from jlora.checkpoints import adapters, mlx, peft_config
 from jlora.checkpoints.adapters import Adapter
 from jlora.checkpoints.peft_experts import (
   fuse_shapes,
@@ -143,16 +143,19 @@ def _initial_nodes(
 def load_adapter(
   folder: str | os.PathLike[str], config: DecoderConfig
 ) -> Adapter:
-  """Reads an adapter that PEFT or jlora wrote for a decoder.
+  """Reads an adapter that PEFT, jlora or mlx-lm wrote for a decoder.
 
   Args:
-    folder: Holds `adapter_config.json` and `adapter_model.safetensors`.
+    folder: Holds `adapter_config.json` and `adapter_model.safetensors`, or
+      `adapters.safetensors` of mlx-lm.
     config: The decoder's.
 
   Raises:
     AdapterError: A file is missing or damaged, does not fit the decoder, or
       needs what this version does not compute.
   """
+  if mlx.is_mlx(folder):
+    return mlx.load_mlx(folder, config)
   folder = adapters.find_files(folder)
   metadata = adapters.load_metadata(folder)
   base = make_modules(config)

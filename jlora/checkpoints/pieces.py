@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jlora.checkpoints.stored_codes import PackedLeaf
 from jlora.checkpoints.weights import Index, StoredLeaf
 from jlora.core.axes import Roles
 from jlora.core.quantization import (
@@ -75,6 +76,31 @@ def place_quantized(
   found = _nest(placed)(absmax)
   return dataclasses.replace(
     whole, codes=codes, **dict(zip(fields, found, strict=True))
+  )
+
+
+def place_stored(
+  leaf: PackedLeaf, whole: QuantizedArray, shardings: QuantizedArray | None
+) -> QuantizedArray:
+  """Returns a kernel whose files hold its codes, which stay as they are.
+
+  Args:
+    leaf: The kernel's codes.
+    whole: Shapes and dtypes of the result, from `quantized_shape`.
+    shardings: As in `place_quantized`.
+  """
+  codes, scales = _place(
+    leaf.blocks,
+    (whole.codes.shape, whole.scales.shape),
+    shardings and shardings.codes,
+  )
+  if whole.scales2 is None:
+    return dataclasses.replace(whole, codes=codes, scales=scales)
+  scales2, offset = place_whole(
+    leaf.second_level(), shardings and (shardings.scales2, shardings.offset)
+  )
+  return dataclasses.replace(
+    whole, codes=codes, scales=scales, scales2=scales2, offset=offset
   )
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from jlora.checkpoints import pieces
 from jlora.checkpoints.bases import Base
 from jlora.checkpoints.starts import Starts
+from jlora.checkpoints.stored_codes import PackedLeaf, agree
 from jlora.checkpoints.weights import StoredLeaf
 from jlora.core.decompositions import Start
 from jlora.core.lora import LoraSpec
@@ -50,7 +51,8 @@ def load_split(
     key: PRNG key of the adapters.
     base: From `open_base`.
     spec: What is trained, presets resolved; None for nothing.
-    quant: What is quantized, presets resolved; None for nothing.
+    quant: What is quantized, presets resolved; None for nothing. Leaves that
+      are stored in 4 bits stay as they are, see `stored_codes.agree`.
     dtype: Of the dense frozen leaves, and what the quantized ones compute in.
     starts: How adapters that are a part of the base started before, by path;
       None finds it.
@@ -64,7 +66,9 @@ def load_split(
     ConfigError: The specs do not fit the base.
     BaseModelError: A tensor is damaged.
   """
+  quant = agree(quant, base.codes, base.config, spec)
   split = make_split(layout.shapes(base.config), spec, quant)
+  packed = base.codes.leaves if base.codes else {}
   trained, found = {}, {}
 
   def place(path: str, leaf: StoredLeaf) -> Any:
@@ -74,7 +78,7 @@ def load_split(
       # Copies: training takes the arrays themselves.
       found[path] = jax.tree.map(np.array, parts.start)
     else:
-      parts = _split_pieces(split, leaf, dtype, shardings)
+      parts = _split_pieces(split, leaf, packed.get(path), dtype, shardings)
     if parts.trained:
       trained[path] = parts.trained
     return jax.block_until_ready(parts.frozen)
@@ -108,7 +112,11 @@ def _split_whole(
 
 
 def _split_pieces(
-  split: Split, leaf: StoredLeaf, dtype: Any, shardings: Shardings | None
+  split: Split,
+  leaf: StoredLeaf,
+  packed: PackedLeaf | None,
+  dtype: Any,
+  shardings: Shardings | None,
 ) -> SplitLeaf:
   """Splits a leaf as its pieces are read; what adapters add comes later."""
   path, trained = leaf.path, {}
@@ -123,21 +131,27 @@ def _split_pieces(
   if path in split.plan.rows:
     rows = _read_rows(leaf, split.plan.rows[path])
     trained['rows'] = pieces.place_whole(rows, sharding('rows', rows.shape))
-  return SplitLeaf(_freeze(split, leaf, dtype, shardings), trained)
+  return SplitLeaf(_freeze(split, leaf, packed, dtype, shardings), trained)
 
 
 def _freeze(
-  split: Split, leaf: StoredLeaf, dtype: Any, shardings: Shardings | None
+  split: Split,
+  leaf: StoredLeaf,
+  packed: PackedLeaf | None,
+  dtype: Any,
+  shardings: Shardings | None,
 ) -> Any:
   """Returns a leaf as the frozen half holds it."""
   if leaf.path not in split.quantized:
     cuts = shardings and shardings.of_leaf(leaf.path, leaf)
     return pieces.place_dense(leaf, dtype, cuts)
   roles, quant = split.quantized[leaf.path], split.quant
-  cuts = shardings and shardings.of_leaf(
-    leaf.path, pieces.quantized_shape(leaf, roles, quant)
-  )
-  codes = pieces.place_quantized(leaf, roles, quant, cuts)
+  whole = pieces.quantized_shape(leaf, roles, quant)
+  cuts = shardings and shardings.of_leaf(leaf.path, whole)
+  if packed:
+    codes = pieces.place_stored(packed, whole, cuts)
+  else:
+    codes = pieces.place_quantized(leaf, roles, quant, cuts)
   return codes.astype(quant.dtype or dtype)
 
 

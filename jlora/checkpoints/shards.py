@@ -1,18 +1,16 @@
-"""A model's safetensors files: what is accepted, read and written."""
+"""A model's safetensors files: which are accepted, and what they hold."""
 
 import json
-import math
 import pathlib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import ml_dtypes  # noqa: F401  # numpy learns bfloat16 from it
-import numpy as np
 import safetensors
 
 from jlora.checkpoints.weights import listed
-from jlora.errors import BaseModelError, CheckpointError, ConfigError
+from jlora.errors import BaseModelError
 
 SINGLE = 'model.safetensors'
 INDEX = 'model.safetensors.index.json'
@@ -115,7 +113,7 @@ def read_header(path: pathlib.Path) -> Header:
     path: A safetensors file.
 
   Raises:
-    BaseModelError: The file is damaged, or of a dtype that is not read.
+    BaseModelError: The file is damaged.
   """
   try:
     with safetensors.safe_open(path, 'numpy'), path.open('rb') as file:
@@ -132,13 +130,25 @@ def read_header(path: pathlib.Path) -> Header:
     if name in found:
       raise BaseModelError(f'{path} holds the tensor {name!r} twice')
     entry = dict(entry)
-    if entry['dtype'] not in DTYPES:
-      raise BaseModelError(
-        f'{path}: {name} has dtype {entry["dtype"]}; readable are'
-        f' {", ".join(DTYPES)}'
-      )
     found[name] = tuple(entry['shape']), entry['dtype']
   return found
+
+
+def check_dtypes(where: Any, header: Header) -> None:
+  """Checks that tensors are of dtypes that are read.
+
+  Args:
+    where: The file or folder, for the message.
+    header: Shape and dtype by name.
+
+  Raises:
+    BaseModelError: One is not.
+  """
+  for name, (_, kind) in header.items():
+    if kind not in DTYPES:
+      raise BaseModelError(
+        f'{where}: {name} has dtype {kind}; readable are {", ".join(DTYPES)}'
+      )
 
 
 def read_headers(
@@ -164,67 +174,3 @@ def read_headers(
       )
     found.update(header)
   return found
-
-
-def write_tensors(
-  path: pathlib.Path,
-  shapes: Mapping[str, tuple[int, ...]],
-  dtype: np.dtype,
-  tensors: Iterable[tuple[str, np.ndarray]],
-) -> None:
-  """Writes a safetensors file, one tensor in memory at a time.
-
-  Args:
-    path: The new file.
-    shapes: Of every tensor by name.
-    dtype: What all of them are rounded to.
-    tensors: Each of them once, in any order.
-
-  Raises:
-    ConfigError: A value does not fit `dtype`.
-    CheckpointError: A tensor is missing, unknown or of another shape.
-  """
-  places, header = _lay_out(shapes, dtype)
-  with path.open('xb') as file:
-    file.write(header)
-    for name, tensor in tensors:
-      if shapes.get(name) != tensor.shape or name not in places:
-        raise CheckpointError(
-          f'{name} of shape {tensor.shape} comes twice or not as the model'
-          f' has it: {shapes.get(name)}'
-        )
-      file.seek(len(header) + places.pop(name))
-      file.write(_rounded(name, tensor, dtype).tobytes())
-  if places:
-    raise CheckpointError(f'{path} would lack {listed(places)}')
-
-
-def _lay_out(
-  shapes: Mapping[str, tuple[int, ...]], dtype: np.dtype
-) -> tuple[dict[str, int], bytes]:
-  """Returns where each tensor starts behind the header, and the header."""
-  kinds = {numpy_name: kind for kind, numpy_name in DTYPES.items()}
-  entries: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  places, end = {}, 0
-  for name, shape in sorted(shapes.items()):
-    places[name] = end
-    end += math.prod(shape) * dtype.itemsize
-    entries[name] = {
-      'dtype': kinds[dtype.name],
-      'shape': shape,
-      'data_offsets': [places[name], end],
-    }
-  text = json.dumps(entries, separators=(',', ':')).encode()
-  text += b' ' * (-len(text) % 8)
-  return places, len(text).to_bytes(8, 'little') + text
-
-
-def _rounded(name: str, tensor: np.ndarray, dtype: np.dtype) -> np.ndarray:
-  with np.errstate(over='ignore'):
-    rounded = np.ascontiguousarray(tensor, dtype)
-  if not np.isfinite(rounded).all():
-    raise ConfigError(
-      f'{name} holds values that are not finite as {dtype.name}; the largest'
-      f' is {np.abs(tensor).max()}. Save as bfloat16 or float32'
-    )
-  return rounded

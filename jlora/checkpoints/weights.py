@@ -26,6 +26,7 @@ _SIZES = {
   'max_position_embeddings': 1 << 31,
 }  # field of config.json -> the largest that is believed
 _SHOWN = 5  # names listed in a message
+_PART = 1 << 16  # values that are checked or rounded at once
 
 
 class Source(Protocol):
@@ -109,6 +110,13 @@ class StoredLeaf:
       leaf[i] = layer
     return leaf
 
+  def __getitem__(self, place: int | tuple[int, ...]) -> np.ndarray:
+    """Reads one layer, or an expert of it."""
+    place = place if isinstance(place, tuple) else (place,)
+    index = [slice(i, i + 1) for i in place]
+    index += [slice(None)] * (len(self.shape) - len(place))
+    return self.read(tuple(index)).reshape(self.shape[len(place) :])
+
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
     """Reads the whole leaf."""
     del copy
@@ -118,13 +126,18 @@ class StoredLeaf:
     transposed = self._weight.transposed
     stored = index[::-1] if transposed else index
     tensor = self._source.read(name, self.dtype, stored)
-    bad = tensor.size - np.count_nonzero(np.isfinite(tensor))
-    if bad:
+    if bad := sum(np.count_nonzero(~np.isfinite(x)) for x in parts_of(tensor)):
       raise BaseModelError(
         f'{name} holds {bad} values that are NaN or infinite as'
         f' {self.dtype}; the file is damaged, or the dtype too narrow'
       )
     return tensor.T if transposed else tensor
+
+
+def parts_of(tensor: np.ndarray) -> list[np.ndarray]:
+  """Returns views of a tensor's rows, each small beside a large tensor."""
+  count = min(-(-tensor.size // _PART), len(tensor)) if tensor.ndim else 1
+  return np.array_split(tensor, count) if count > 1 else [tensor]
 
 
 Place = Callable[[str, StoredLeaf], Any]

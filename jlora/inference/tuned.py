@@ -91,8 +91,8 @@ def load_tuned(
   Args:
     base_name: As for `open_base`.
     adapter_folder: An adapter of jlora or PEFT; None for the base alone.
-    quant: How the base is quantized. Where the adapter says how its base was
-      quantized in training, that decides.
+    quant: How the base is quantized; None is as its files have it. Where the
+      adapter says how its base was quantized in training, that decides.
     dtype: 'auto', 'float32' or 'bfloat16'.
     allow_other_base: Whether an adapter of another base is accepted.
 
@@ -103,7 +103,7 @@ def load_tuned(
   base = open_base(base_name)
   compute = compute_dtype(dtype)
   if adapter_folder is None:
-    quant = quant and families.resolve(quant, base.config)
+    quant = _default_quant(quant, base)
     parts = _Parts(load_frozen(base, quant, compute), {}, None, {})
     return _tuned(base, parts, quant, compute, {})
   adapter = load_adapter(pathlib.Path(adapter_folder), base.config)
@@ -116,11 +116,20 @@ def load_tuned(
       stacklevel=2,
     )
   again = same and _can_start_again(adapter)
+  if 'quantization' not in adapter.metadata:
+    quant = _default_quant(quant, base)
   quant = quant and families.resolve(quant, base.config)
   quant = _trained_quant(adapter, quant, again=again)
   load = _start_again if again else _put_beside
   parts = load(adapter, base, quant, compute)
   return _tuned(base, parts, quant, compute, adapter.metadata)
+
+
+def _default_quant(quant: QuantSpec | None, base: Base) -> QuantSpec | None:
+  """Returns what is asked for, or else how the base's files are quantized."""
+  if quant is None and base.codes:
+    quant = base.codes.quant
+  return quant and families.resolve(quant, base.config)
 
 
 class _Parts(NamedTuple):

@@ -4,6 +4,7 @@ import pathlib
 from typing import Any
 
 from jlora.checkpoints.bases import check_base, open_base
+from jlora.checkpoints.bitsandbytes import without_quantization
 from jlora.checkpoints.downloads import fetch_hub
 from jlora.checkpoints.shards import load_json
 from jlora.checkpoints.weights import check_sizes
@@ -42,4 +43,4 @@ def _from_file(path: pathlib.Path) -> DecoderConfig:
     )
   fields: dict[str, Any] = load_json(path)
   check_sizes(path, fields, _MOST)
-  return read_config(fields)
+  return read_config(without_quantization(path, fields))

@@ -13,7 +13,7 @@ from typing import Any
 
 import jax
 
-from jlora.checkpoints.hf import save_folder
+from jlora.checkpoints.model_folders import save_folder
 from jlora.checkpoints.peft import save_adapter
 from jlora.checkpoints.run_folder import MetricsFile, RunFolder
 from jlora.core.combination import merge

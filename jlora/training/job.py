@@ -32,7 +32,12 @@ from jlora.training.footprint import Footprint, measure
 from jlora.training.halves import abstract_halves, load_halves
 from jlora.training.optimizers import make_schedule
 from jlora.training.program import abstract_batch, make_program
-from jlora.training.requirements import check_rows, require_one_run, resolve
+from jlora.training.requirements import (
+  as_stored,
+  check_rows,
+  require_one_run,
+  resolve,
+)
 from jlora.training.run_spec import RunSpec
 
 
@@ -148,7 +153,9 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   check_rows(spec, mesh.shape['data'] * mesh.shape['fsdp'])
   base = open_base(spec.base)
   console.print(base.describe(), highlight=False)
-  spec = resolve(spec, base.config)
+  spec = as_stored(resolve(spec, base.config), base)
+  if base.codes:
+    console.print(base.codes.describe(spec.quant), highlight=False)
   data = load_data(spec, base)
   show_examples(data.train, base.tokenizer, data.report, console)
   loader = make_loader(spec, data)

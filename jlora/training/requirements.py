@@ -3,6 +3,7 @@
 import dataclasses
 
 from jlora.checkpoints.bases import Base
+from jlora.checkpoints.stored_codes import agree
 from jlora.core.plan import make_plan
 from jlora.core.split import make_split
 from jlora.core.tree import leaves_by_path, nest
@@ -41,6 +42,20 @@ def resolve(spec: RunSpec, config: DecoderConfig) -> RunSpec:
     )
   make_split(leaves_by_path(nest(shapes)), lora, quant)  # or refuses
   return dataclasses.replace(spec, lora=lora, quant=quant)
+
+
+def as_stored(spec: RunSpec, base: Base) -> RunSpec:
+  """Returns the run with its base's codes as they are stored, if it has any.
+
+  Args:
+    spec: The run, resolved for its base.
+    base: The base.
+
+  Raises:
+    ConfigError: The run asks for another quantization.
+  """
+  quant = agree(spec.quant, base.codes, base.config, spec.lora)
+  return dataclasses.replace(spec, quant=quant)
 
 
 def check_rows(spec: RunSpec, devices: int) -> None:

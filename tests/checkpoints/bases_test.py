@@ -6,14 +6,15 @@ import jax
 import numpy as np
 import pytest
 
-from jlora.checkpoints import bases, downloads, hf
+from jlora.checkpoints import bases, downloads
+from jlora.checkpoints.model_folders import save_folder
 from jlora.errors import BaseModelError
 
 
 @pytest.fixture
 def folder(tmp_path, tiny_gguf):
   base = bases.open_base(str(tiny_gguf))
-  hf.save_folder(
+  save_folder(
     tmp_path / 'tiny', base.config, base.load_params(), base.tokenizer
   )
   return tmp_path / 'tiny'

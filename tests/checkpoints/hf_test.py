@@ -9,6 +9,7 @@ import jlora.checkpoints.hf as hf
 from jlora.checkpoints import tokenizers
 from jlora.checkpoints.gguf import GgufFile
 from jlora.checkpoints.llama_cpp import GgufModel
+from jlora.checkpoints.model_folders import save_folder
 from jlora.checkpoints.weights import load_params, stored_shapes
 from jlora.core.tree import leaves_by_path
 from jlora.errors import BaseModelError, CheckpointError, ConfigError
@@ -30,7 +31,7 @@ def tokenizer(tiny_gguf):
 
 @pytest.fixture
 def folder(tmp_path, tiny_config, params, tokenizer):
-  hf.save_folder(tmp_path / 'saved', tiny_config, params, tokenizer)
+  save_folder(tmp_path / 'saved', tiny_config, params, tokenizer)
   return tmp_path / 'saved'
 
 
@@ -86,14 +87,21 @@ def test_bfloat16_weights_are_widened_exactly(tmp_path):
   assert model.precision == 'bfloat16'
 
 
-@pytest.mark.parametrize('tied', [True, False])
-def test_transformers_opens_what_is_saved(tied, tmp_path, tokenizer):
+@pytest.mark.parametrize(
+  ('tied', 'shard', 'files'), [(True, '50GB', 1), (False, '100KB', 5)]
+)
+def test_transformers_opens_what_is_saved(
+  tied, shard, files, tmp_path, tokenizer
+):
   from transformers import AutoModelForCausalLM, AutoTokenizer
 
   make_llama(tie_word_embeddings=tied).save_pretrained(tmp_path / 'a')
   model = hf.HfModel(tmp_path / 'a')
   params = load_params(model)
-  hf.save_folder(tmp_path / 'b', model.config, params, tokenizer)
+  save_folder(
+    tmp_path / 'b', model.config, params, tokenizer, max_shard_size=shard
+  )
+  assert len(list((tmp_path / 'b').glob('*.safetensors'))) == files
   oracle, info = AutoModelForCausalLM.from_pretrained(
     tmp_path / 'b', output_loading_info=True
   )
@@ -110,7 +118,7 @@ def test_transformers_opens_what_is_saved(tied, tmp_path, tokenizer):
 def test_16_bit_saves_round_each_value_once(
   dtype, tmp_path, tiny_config, params, tokenizer
 ):
-  hf.save_folder(tmp_path / 'x', tiny_config, params, tokenizer, dtype)
+  save_folder(tmp_path / 'x', tiny_config, params, tokenizer, dtype)
   reread = load_params(hf.HfModel(tmp_path / 'x'))
   for path, leaf in leaves_by_path(params).items():
     expected = leaf.astype(np.dtype(dtype)).astype('f4')
@@ -121,13 +129,13 @@ def test_leaves_may_come_as_a_stream_in_any_order(
   folder, tmp_path, tiny_config, params, tokenizer
 ):
   stream = reversed(leaves_by_path(params).items())
-  hf.save_folder(tmp_path / 'x', tiny_config, stream, tokenizer)
+  save_folder(tmp_path / 'x', tiny_config, stream, tokenizer)
   for file in folder.iterdir():
     assert file.read_bytes() == (tmp_path / 'x' / file.name).read_bytes()
 
 
 def test_a_save_replaces_an_earlier_one(folder, tiny_config, params, tokenizer):
-  hf.save_folder(
+  save_folder(
     folder, tiny_config, params, tokenizer, 'bfloat16', eos_token_ids=(2, 0)
   )
   model = hf.HfModel(folder)
@@ -135,12 +143,25 @@ def test_a_save_replaces_an_earlier_one(folder, tiny_config, params, tokenizer):
   assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
+def test_a_save_in_one_file_replaces_one_in_shards(
+  tmp_path, tiny_config, params, tokenizer
+):
+  for size, count in (('100KB', 4), ('1GB', 1), ('100KB', 4)):
+    save_folder(
+      tmp_path / 'x', tiny_config, params, tokenizer, max_shard_size=size
+    )
+    model = hf.HfModel(tmp_path / 'x')
+    assert len(model.paths) == count
+    found = model.read('model.norm.weight', np.float32)
+    np.testing.assert_array_equal(found, params['final_norm']['scale'])
+
+
 def test_a_folder_of_other_things_is_not_replaced(
   folder, tiny_config, params, tokenizer
 ):
   (folder / 'thesis.tex').write_text('years of work')
   with pytest.raises(ConfigError, match=r'thesis\.tex'):
-    hf.save_folder(folder, tiny_config, params, tokenizer)
+    save_folder(folder, tiny_config, params, tokenizer)
 
 
 def test_a_failed_save_keeps_what_was_there(
@@ -149,9 +170,9 @@ def test_a_failed_save_keeps_what_was_there(
   before = (folder / 'model.safetensors').read_bytes()
   stream = list(leaves_by_path(params).items())
   with pytest.raises(CheckpointError, match='would lack'):
-    hf.save_folder(folder, tiny_config, stream[:-1], tokenizer)
+    save_folder(folder, tiny_config, stream[:-1], tokenizer)
   with pytest.raises(CheckpointError, match='comes twice'):
-    hf.save_folder(folder, tiny_config, stream + stream[:1], tokenizer)
+    save_folder(folder, tiny_config, stream + stream[:1], tokenizer)
   assert (folder / 'model.safetensors').read_bytes() == before
   assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
@@ -161,9 +182,9 @@ def test_values_that_do_not_fit_the_dtype_are_refused(
 ):
   large = {**params, 'final_norm': {'scale': np.full(64, 1e30, 'f4')}}
   with pytest.raises(ConfigError, match='finite as float16'):
-    hf.save_folder(tmp_path / 'x', tiny_config, large, tokenizer, 'float16')
+    save_folder(tmp_path / 'x', tiny_config, large, tokenizer, 'float16')
   with pytest.raises(ConfigError, match='int8'):
-    hf.save_folder(tmp_path / 'x', tiny_config, params, tokenizer, 'int8')
+    save_folder(tmp_path / 'x', tiny_config, params, tokenizer, 'int8')
   assert not any(tmp_path.iterdir())
 
 
@@ -177,7 +198,7 @@ def edit(path, **fields):
   [
     ({'model_type': 'mamba'}, "'mamba'"),
     ({'auto_map': {'AutoModel': 'x.Y'}}, 'never run'),
-    ({'quantization_config': {'load_in_4bit': True}}, 'is quantized'),
+    ({'quantization_config': {'quant_method': 'gptq'}}, 'is quantized'),
     ({'hidden_size': -64}, 'hidden_size=-64'),
     ({'hidden_size': '64'}, "hidden_size='64'"),
     ({'num_hidden_layers': 10**12}, 'num_hidden_layers=1000000000000'),

@@ -1,5 +1,6 @@
 import dataclasses
 import pathlib
+import tracemalloc
 
 import chex
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 import jlora
 from jlora.checkpoints.bases import DEFAULT_BASE, open_base
-from jlora.checkpoints.hf import save_folder
+from jlora.checkpoints.model_folders import save_folder
 from jlora.checkpoints.placement import load_frozen, load_split
 from jlora.models import families
 from jlora.models.decoder import Decoder
@@ -89,6 +90,32 @@ def test_what_an_init_leaves_takes_the_dtype_too(tiny_base):
   frozen, trainable, _ = halves
   assert {x.dtype for x in jax.tree.leaves(frozen)} == {jnp.dtype('bfloat16')}
   assert {x.dtype for x in jax.tree.leaves(trainable)} == {jnp.dtype('f4')}
+
+
+@pytest.mark.parametrize('stored', ['float32', 'bfloat16'])
+def test_a_sharded_folder_is_loaded_with_its_largest_tensor_in_memory(
+  tiny_base, tmp_path, stored
+):
+  base = open_base(str(tiny_base))
+  config = dataclasses.replace(base.config, vocab_size=8192)
+  save_folder(
+    tmp_path / 'b',
+    config,
+    make_params(config),
+    base.tokenizer,
+    stored,
+    max_shard_size='300KB',
+  )
+  base = open_base(str(tmp_path / 'b'))
+  assert len(base.model.paths) > 1
+  quant = families.resolve(jlora.QuantSpec(), config)
+  load_frozen(base, quant, jnp.float32)  # compiles
+  tracemalloc.start()
+  load_frozen(base, quant, jnp.float32)
+  peak = tracemalloc.get_traced_memory()[1]  # XLA's own arrays are not in it
+  tracemalloc.stop()
+  largest = 8192 * 64 * 4
+  assert peak <= 1.2 * largest
 
 
 @pytest.mark.slow

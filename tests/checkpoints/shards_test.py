@@ -3,7 +3,7 @@ import struct
 
 import numpy as np
 import pytest
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 from jlora.checkpoints import shards
 from jlora.errors import BaseModelError
@@ -102,13 +102,12 @@ def entry(shape, start, end, dtype='F32'):
       'no whole safetensors',
     ),
     ({'a': entry([2**61], 0, 2**63)}, bytes(8), 'no whole safetensors'),
-    ({'a': entry([2], 0, 2, 'U8')}, bytes(2), 'dtype U8'),
     (b'{"a":' * 2, b'', 'no whole safetensors'),
     (
       b'{"a":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},'
       b'"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]}}',
       bytes(4),
-      'dtype U8|twice',
+      "'a' twice",
     ),
     (
       b'{"a":{"dtype":"F32","shape":[1],"data_offsets":[0,4]},'
@@ -122,6 +121,12 @@ def test_a_damaged_file_is_refused(tmp_path, header, data, message):
   path = raw(tmp_path / 'x.safetensors', header, data)
   with pytest.raises(BaseModelError, match=message):
     shards.read_header(path)
+
+
+def test_a_dtype_that_is_not_read_is_refused(tmp_path):
+  path = raw(tmp_path / 'x', {'a': entry([2], 0, 2, 'U8')}, bytes(2))
+  with pytest.raises(BaseModelError, match=r'a has dtype U8; .* F32'):
+    shards.check_dtypes(path, shards.read_header(path))
 
 
 def test_a_huge_header_is_refused_before_it_is_read(tmp_path):
@@ -146,18 +151,3 @@ def test_pickled_weights_are_refused_with_the_way_out(tmp_path):
   (tmp_path / 'pytorch_model.bin').write_bytes(b'\x80\x04')
   with pytest.raises(BaseModelError, match=r'pytorch_model\.bin.*convert'):
     shards.check_folder(tmp_path)
-
-
-def test_a_written_file_is_read_by_the_library(tmp_path):
-  rng = np.random.default_rng(0)
-  tensors = {
-    'w': rng.normal(size=(3, 5)).astype('f4'),
-    'v': rng.normal(size=7).astype('f4'),
-  }
-  shapes = {name: tensor.shape for name, tensor in tensors.items()}
-  path = tmp_path / 'x.safetensors'
-  shards.write_tensors(path, shapes, np.dtype('float32'), tensors.items())
-  found = load_file(path)
-  assert found.keys() == tensors.keys()
-  for name, tensor in tensors.items():
-    np.testing.assert_array_equal(found[name], tensor)

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 from jlora.checkpoints import weights
-from jlora.checkpoints.hf import HfModel, save_folder
+from jlora.checkpoints.hf import HfModel
 from jlora.checkpoints.llama_cpp import GgufModel
+from jlora.checkpoints.model_folders import save_folder
 from jlora.errors import BaseModelError
 
 SHAPES = {'a': (2, 3), 'b': (3,)}
