@@ -222,9 +222,9 @@ def check_sources(spec: RunSpec) -> None:
     DataError: A source is missing or unknown.
   """
   check_base(spec.base)
-  for source in (spec.data.train, spec.data.eval):
-    if source is not None:
-      check_source(source)
+  check_source(spec.data.train)
+  if spec.data.eval is not None:
+    check_source(spec.data.eval, split='eval')
   if is_task(spec.data.train) and spec.data.train_examples is None:
     raise ConfigError(
       f'data.train {spec.data.train!r} has no end; set data.train_examples,'

@@ -149,6 +149,8 @@ def test_a_value_of_the_wrong_type_is_refused(sections, message):
     ({'train': {'dtype': 'float16'}}, "train.dtype 'float16' is none of"),
     ({'data': {'train': ''}}, 'data.train is empty'),
     ({'data': {'max_length': 1}}, 'data.max_length is 1'),
+    ({'data': {'columns': {'ask': 'q'}}}, "reads 'q' as 'ask'"),
+    ({'data': {'columns': 'prompt'}}, "data.columns is 'prompt'"),
     ({'eval': {'every': 0}}, 'eval.every is 0'),
     ({'log': {'every': 0}}, 'log.every is 0'),
   ],
@@ -191,6 +193,15 @@ def test_targets_from_the_command_line(text, targets):
 def test_values_by_pattern_keep_their_order(value):
   spec = resolve(lora={'rank_pattern': value})
   assert spec.lora.rank_pattern == (('layers/[0-9]/.*', 8), ('.*/kernel', 4))
+
+
+@pytest.mark.parametrize(
+  'value', ["{'prompt': 'q'}", {'prompt': 'q'}, [['prompt', 'q']]]
+)
+def test_columns_are_pairs_however_they_are_given(value):
+  spec = resolve(data={'columns': value})
+  assert spec.data.columns == (('prompt', 'q'),)
+  assert config.from_json(spec.to_json()) == spec
 
 
 @pytest.mark.parametrize('text', ["{'x'", '{[1]: 2}', "{'x'}", '[' * 500])

@@ -1,18 +1,16 @@
-"""From the names of two sources to examples that can be trained on."""
+"""From the names of sources to examples that can be trained on."""
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from jlora.data import tasks
 from jlora.data.conversations import Conversation
 from jlora.data.fitting import Fit, fit
 from jlora.data.loader import packing_efficiency
+from jlora.data.parts import Sources, load_parts, separate
 from jlora.data.report import DataReport
-from jlora.data.sources import is_task, load_conversations
 from jlora.data.tokens import Example, tokenize
 from jlora.errors import DataError
 
@@ -46,7 +44,7 @@ class Prepared:
 
 
 def prepare(
-  train: str,
+  train: str | Sources,
   eval: str | None,  # noqa: A002
   tokenizer: Tokenizer,
   *,
@@ -55,16 +53,18 @@ def prepare(
   seed: int = 0,
   train_examples: int | None = None,
   eval_examples: int = 200,
+  columns: Sequence[tuple[str, Any]] = (),
   vocab_size: int | None = None,
   max_lost: float = 0.1,
 ) -> Prepared:
   """Loads, separates, tokenizes and fits the data of a run.
 
   Args:
-    train: Where training data comes from; see `sources.check_source`.
+    train: Where training data comes from, see `sources.check_source`; one
+      source, or pairs of a source and its weight.
     eval: Where held-out data comes from. None takes other questions of the
-      same task, or holds a seeded part of `train` out: `eval_examples`, but
-      at most a tenth of it.
+      same task, a folder's own valid files, or holds a seeded part of `train`
+      out: `eval_examples`, but at most a tenth of it.
     tokenizer: The base's tokenizer, with its chat template.
     max_length: Tokens a row.
     pack: Whether examples share rows.
@@ -72,6 +72,8 @@ def prepare(
       data is held out.
     train_examples: Examples to train on; None is all of them.
     eval_examples: Examples to hold out.
+    columns: Pairs of a field and the column that holds it, or of a source and
+      such pairs.
     vocab_size: Rows of the base's embedding; None does not check ids.
     max_lost: The largest share of examples that may lose tokens to
       `max_length`.
@@ -85,10 +87,15 @@ def prepare(
   """
   if seed < 0:
     raise DataError(f'seed {seed} is negative; choose 0 or more')
-  trained, held_out, notes = _load(
-    train, eval, seed, train_examples, eval_examples
+  parts = load_parts(
+    [(train, None)] if isinstance(train, str) else train,
+    eval,
+    seed=seed,
+    train_examples=train_examples,
+    eval_examples=eval_examples,
+    columns=columns,
   )
-  kept, duplicates = _drop_duplicates(trained, held_out, eval_examples)
+  kept, duplicates = separate(parts)
   if not kept:
     raise DataError(
       f'all {duplicates} held-out examples of {eval or train!r} occur in'
@@ -97,6 +104,7 @@ def prepare(
   make = functools.partial(
     _examples, tokenizer, max_length, max_lost, vocab_size
   )
+  trained = [c for part in parts for c in part.trained]
   (train_set, train_fit), (eval_set, eval_fit) = make(trained), make(kept)
   report = DataReport(
     examples=len(train_set),
@@ -110,7 +118,7 @@ def prepare(
     dropped=train_fit.dropped + eval_fit.dropped,
     split=train_fit.split + eval_fit.split,
     duplicates=duplicates,
-    notes=tuple(notes),
+    notes=tuple(note for part in parts for note in part.notes),
   )
   score, is_well_formed = _judges(kept)
   return Prepared(
@@ -121,79 +129,6 @@ def prepare(
     score,
     is_well_formed,
   )
-
-
-def _load(
-  train: str,
-  eval_: str | None,
-  seed: int,
-  train_examples: int | None,
-  eval_examples: int,
-) -> tuple[list[Conversation], list[Conversation], list[str]]:
-  """Returns conversations to train on and to hold out, and notes."""
-  if eval_ is None and not is_task(train):
-    rows, note = load_conversations(
-      train, split='train', examples=None, seed=seed
-    )
-    trained, held_out = _hold_out(train, rows, eval_examples, seed)
-    said = f'{len(held_out)} of {len(rows)} held out, chosen by seed {seed}'
-    notes = [note, said]
-    if train_examples is not None and train_examples < len(trained):
-      notes.append(
-        f'data.train_examples leaves out {len(trained) - train_examples:,} of'
-        f' the other {len(trained):,} rows'
-      )
-    return trained[:train_examples], held_out, notes
-  rows, note = load_conversations(
-    train, split='train', examples=train_examples, seed=seed
-  )
-  source = eval_ or train
-  # A task is asked for more than is needed, since some repeat themselves.
-  drawn = 2 * eval_examples if is_task(source) else None
-  held_out, eval_note = load_conversations(
-    source, split='eval', examples=drawn, seed=seed
-  )
-  return rows, held_out, [note, eval_note]
-
-
-def _hold_out(
-  source: str, rows: list[Conversation], examples: int, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-  n = min(examples, len(rows) // 10 or 1)
-  if len(rows) <= n:
-    raise DataError(
-      f'{source!r} has {len(rows)} row, none of which can be held out; give'
-      ' two or more, or name data.eval'
-    )
-  order = np.argsort(np.random.Philox(key=seed).random_raw(len(rows)))
-  chosen = set(order[:n].tolist())
-  held_out = [row for i, row in enumerate(rows) if i in chosen]
-  return [row for i, row in enumerate(rows) if i not in chosen], held_out
-
-
-def _drop_duplicates(
-  trained: Sequence[Conversation],
-  held_out: Iterable[Conversation],
-  limit: int,
-) -> tuple[list[Conversation], int]:
-  """Returns up to `limit` held-out ones, and how many were passed over.
-
-  Passed over are those whose prompt training has too.
-  """
-  seen = {_prompt(conversation) for conversation in trained}
-  kept, duplicates = [], 0
-  for conversation in held_out:
-    if len(kept) == limit:
-      break
-    if _prompt(conversation) in seen:
-      duplicates += 1
-    else:
-      kept.append(conversation)
-  return kept, duplicates
-
-
-def _prompt(conversation: Conversation) -> tuple[tuple[str, str], ...]:
-  return tuple((m.role, m.content.strip()) for m in conversation.prompt)
 
 
 def _examples(
@@ -218,7 +153,7 @@ def _judges(
   Callable[[str, Conversation], bool] | None,
 ]:
   """Returns the verifier and the judge of form of a task, or two Nones."""
-  if conversations[0].task is None:
+  if any(conversation.task is None for conversation in conversations):
     return None, None
   shape = tasks.shape_of(c.reference for c in conversations)
   return tasks.score_answer, lambda completion, _: shape.fits(completion)

@@ -215,6 +215,7 @@ def load_data(spec: RunSpec, base: Base) -> Prepared:
     seed=spec.seed,
     train_examples=spec.data.train_examples,
     eval_examples=spec.data.eval_examples,
+    columns=spec.data.columns,
     vocab_size=base.config.vocab_size,
   )
 

@@ -8,6 +8,7 @@ from typing import Any
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
 from jlora.core.targets import as_pairs
+from jlora.data.rows import make_columns
 from jlora.errors import ConfigError
 from jlora.parallel.rules import Names, Rules
 from jlora.training.optimizers import OptimSpec
@@ -30,8 +31,12 @@ class DataSpec:
   """What is trained on and what is held out.
 
   Attributes:
-    train: `reasoning_gym:TASK`, a .jsonl file, or a hub id.
-    eval: Likewise; None holds out a share of `train`.
+    train: `reasoning_gym:TASK`, a data file, a folder of such files, or a hub
+      id.
+    eval: Likewise; None holds out a share of `train`, or takes the valid files
+      of a folder.
+    columns: Pairs of a field of a row and the column that holds it, or of a
+      source and such pairs; () reads columns by their names.
     max_length: Tokens a row.
     pack: Whether several examples share a row.
     train_examples: Examples to train on; None is all. A generator needs it.
@@ -40,6 +45,7 @@ class DataSpec:
 
   train: str
   eval: str | None = None
+  columns: tuple[Any, ...] | str = ()
   max_length: int = 256
   pack: bool = True
   train_examples: int | None = None
@@ -48,7 +54,8 @@ class DataSpec:
   def __post_init__(self) -> None:
     """Checks the fields."""
     if not self.train:
-      raise ConfigError('data.train is empty; name a .jsonl file or a source')
+      raise ConfigError('data.train is empty; name a data file or a source')
+    object.__setattr__(self, 'columns', make_columns(self.columns))
     if self.max_length < 2:
       raise ConfigError(
         f'data.max_length is {self.max_length}; it must be 2 tokens or more'

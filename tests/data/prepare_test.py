@@ -100,6 +100,30 @@ def test_long_text_is_split_and_counted(tokenizer, write):
   assert data.report.split >= 2
 
 
+def test_the_end_of_a_single_text_is_held_out(tokenizer, write):
+  path = write(*(f'{i} the answer' for i in range(100)), name='book.txt')
+  data = prepare(path, None, tokenizer, max_length=16)
+  (held,) = data.eval_conversations
+  assert held.reference.startswith('90 the answer\n')
+  assert len(data.train) > 20
+  assert 'the last 140 of 1,390 characters held out' in data.report.notes
+
+
+def test_a_folder_holds_its_valid_files_out(tokenizer, write, tmp_path):
+  write(*rows(*'abc'), name='train.jsonl')
+  write(*rows(*'de'), name='valid.jsonl')
+  data = prepare(str(tmp_path), None, tokenizer, max_length=99)
+  assert prompts(data.eval_conversations) == ['d', 'e']
+  assert len(data.train) == 3
+
+
+def test_columns_are_read_under_their_names(tokenizer, write):
+  path = write('q,a', 'x,y', 'z,y', name='a.csv')
+  columns = (('prompt', 'q'), ('completion', 'a'))
+  data = prepare(path, None, tokenizer, max_length=99, columns=columns)
+  assert len(data.train) == len(data.eval) == 1
+
+
 def test_one_row_cannot_be_held_out(tokenizer, write):
   with pytest.raises(DataError, match=r'1 row.*name data\.eval'):
     prepare(write(*rows('a')), None, tokenizer, max_length=99)
