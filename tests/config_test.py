@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from jlora import config
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, DataError
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 SMALLEST = {'data': {'train': 'my.jsonl'}, 'train': {'steps': 3}}
@@ -118,7 +118,7 @@ def test_an_unknown_field_is_named_with_a_close_one(sections, message):
     ({'lora': {'alpha': '32'}}, "config.lora.alpha is '32'; it takes float"),
     ({'data': {'pack': 1}}, 'config.data.pack is 1; it takes bool'),
     ({'data': {'pack': 'yes'}}, "config.data.pack is 'yes'"),
-    ({'data': {'train': 3}}, 'config.data.train is 3; it takes str'),
+    ({'data': {'train': 3}}, 'config.data.train is 3; it takes a name, a list'),
     ({'lora': {'targets': 3}}, 'config.lora.targets is 3'),
     ({'seed': 'x'}, "config.seed is 'x'; it takes int"),
     ({'base': 3}, 'config.base is 3; it takes str'),
@@ -160,6 +160,17 @@ def test_what_cannot_be_is_refused_with_its_value(sections, message):
     resolve(**sections)
 
 
+def test_every_source_is_checked(tmp_path):
+  there = tmp_path / 'a.jsonl'
+  there.write_text('{}')
+  spec = resolve(data={'train': [str(there), 'no.csv']})
+  with pytest.raises(DataError, match=r"'no\.csv' does not exist"):
+    config.check_sources(spec)
+  spec = resolve(data={'train': [str(there), 'reasoning_gym:gcd']})
+  with pytest.raises(ConfigError, match=r'gcd.* set data\.train_examples'):
+    config.check_sources(spec)
+
+
 def test_data_without_a_source_says_what_to_set():
   with pytest.raises(ConfigError, match=r'config\.data lacks train'):
     config.resolve({'train': {'steps': 3}})
@@ -196,6 +207,16 @@ def test_values_by_pattern_keep_their_order(value):
 
 
 @pytest.mark.parametrize(
+  'value', ["{'a.jsonl': 3, 'b': 1}", {'a.jsonl': 3, 'b': 1}]
+)
+def test_sources_are_pairs_however_they_are_given(value):
+  spec = resolve(data={'train': value})
+  assert spec.data.sources == spec.data.train == (('a.jsonl', 3), ('b', 1))
+  assert config.from_json(spec.to_json()) == spec
+  assert resolve().data.sources == (('my.jsonl', None),)
+
+
+@pytest.mark.parametrize(
   'value', ["{'prompt': 'q'}", {'prompt': 'q'}, [['prompt', 'q']]]
 )
 def test_columns_are_pairs_however_they_are_given(value):
@@ -206,7 +227,7 @@ def test_columns_are_pairs_however_they_are_given(value):
 
 @pytest.mark.parametrize('text', ["{'x'", '{[1]: 2}', "{'x'}", '[' * 500])
 def test_what_is_no_dict_says_how_to_write_one(text):
-  with pytest.raises(ConfigError, match=r"such as {'PATTERN': VALUE}$"):
+  with pytest.raises(ConfigError, match=r"such as {'NAME': VALUE}$"):
     resolve(lora={'rank_pattern': text})
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from jlora.data.batch import Batch
+from jlora.data.mixing import Mixture
 from jlora.data.packing import make_batch, pack_rows
 from jlora.data.tokens import Example
 from jlora.errors import DataError
@@ -17,9 +18,10 @@ class Loader:
 
   Each epoch packs a fresh permutation of the examples and shuffles the rows.
   The last batch of an epoch is completed with empty rows, so an epoch holds
-  every example exactly once. Packing another order can take another number of
-  rows, so epochs may differ by a few steps; reaching a step packs the epochs
-  before it once, lengths only, which takes microseconds an example.
+  every example exactly once, or what a mixture takes of them. Packing another
+  order can take another number of rows, so epochs may differ by a few steps;
+  reaching a step packs the epochs before it once, lengths only, which takes
+  microseconds an example.
 
   Attributes:
     batch_size: Rows a batch.
@@ -34,6 +36,7 @@ class Loader:
     max_length: int,
     pack: bool = True,
     seed: int = 0,
+    mixture: Mixture | None = None,
   ):
     """Takes examples that fit into a row.
 
@@ -43,6 +46,7 @@ class Loader:
       max_length: Places a row.
       pack: Whether examples share rows.
       seed: Which order.
+      mixture: Which of the examples an epoch holds; None is all.
 
     Raises:
       DataError: There is no example, or one does not fit into a row.
@@ -55,6 +59,7 @@ class Loader:
     self._lengths = np.array([e.places for e in examples])
     self._pack = pack
     self._seed = seed
+    self._mixture = mixture or Mixture((len(examples),), (None,))
     self._starts = [0]  # first step of every epoch that is known
     self._epoch, self._rows = -1, []
     self._load_epoch(0)
@@ -135,7 +140,8 @@ class Loader:
   def _permuted_rows(self, epoch: int) -> list[list[int]]:
     # The raw bits of Philox are the same in every NumPy, unlike a Generator's.
     bits = np.random.Philox(key=[self._seed, epoch])
-    order = np.argsort(bits.random_raw(len(self)), kind='stable')
+    drawn = self._mixture.draw(self._seed, epoch)
+    order = drawn[np.argsort(bits.random_raw(len(drawn)), kind='stable')]
     rows = _rows(self._lengths[order], self.max_length, self._pack)
     rows = [
       rows[i] for i in np.argsort(bits.random_raw(len(rows)), kind='stable')

@@ -7,12 +7,10 @@ from typing import Any
 import numpy as np
 
 from jlora.data.conversations import Conversation, make_text
+from jlora.data.mixing import Sources, shares
 from jlora.data.rows import Columns, columns_of
 from jlora.data.sources import held_out_source, is_task, load_conversations
 from jlora.errors import DataError
-
-# Pairs of a source and its weight; None takes all of it in every epoch.
-Sources = Sequence[tuple[str, float | None]]
 
 _TAIL = 1 << 20  # characters at most that are held out of a single text
 
@@ -34,17 +32,6 @@ class Part:
   held_out: list[Conversation]
   limit: int
   notes: list[str]
-
-
-def shares(sources: Sources) -> list[float]:
-  """Returns each source's share of the examples, by its weight.
-
-  Args:
-    sources: Names and weights; where one has none, all count alike.
-  """
-  weights = [weight for _, weight in sources]
-  known = [1.0 if None in weights else weight for weight in weights]
-  return [weight / sum(known) for weight in known]
 
 
 def load_parts(

@@ -9,7 +9,8 @@ from jlora.data import tasks
 from jlora.data.conversations import Conversation
 from jlora.data.fitting import Fit, fit
 from jlora.data.loader import packing_efficiency
-from jlora.data.parts import Sources, load_parts, separate
+from jlora.data.mixing import Mixture, Sources
+from jlora.data.parts import Part, load_parts, separate
 from jlora.data.report import DataReport
 from jlora.data.tokens import Example, tokenize
 from jlora.errors import DataError
@@ -29,6 +30,7 @@ class Prepared:
     eval: Held-out examples.
     eval_conversations: What `eval` was made of, to be answered and scored.
     report: The counters.
+    mixture: Which of `train` an epoch holds.
     score: Maps (completion, conversation) to the verifier's score, 1.0 for a
       right answer; None where the held-out data has no verifier.
     is_well_formed: Maps (completion, conversation) to whether the completion
@@ -39,6 +41,7 @@ class Prepared:
   eval: tuple[Example, ...]
   eval_conversations: tuple[Conversation, ...]
   report: DataReport
+  mixture: Mixture
   score: Callable[[str, Conversation], float] | None = None
   is_well_formed: Callable[[str, Conversation], bool] | None = None
 
@@ -87,8 +90,9 @@ def prepare(
   """
   if seed < 0:
     raise DataError(f'seed {seed} is negative; choose 0 or more')
+  sources = [(train, None)] if isinstance(train, str) else list(train)
   parts = load_parts(
-    [(train, None)] if isinstance(train, str) else train,
+    sources,
     eval,
     seed=seed,
     train_examples=train_examples,
@@ -104,8 +108,13 @@ def prepare(
   make = functools.partial(
     _examples, tokenizer, max_length, max_lost, vocab_size
   )
-  trained = [c for part in parts for c in part.trained]
-  (train_set, train_fit), (eval_set, eval_fit) = make(trained), make(kept)
+  made = [make(part.trained) for part in parts]
+  eval_set, eval_fit = make(kept)
+  train_set = [example for examples, _ in made for example in examples]
+  fits = [eval_fit, *(part_fit for _, part_fit in made)]
+  sizes = tuple(len(examples) for examples, _ in made)
+  mixture = Mixture(sizes, tuple(weight for _, weight in sources))
+  mixture.require_all([name for name, _ in sources])
   report = DataReport(
     examples=len(train_set),
     eval_examples=len(kept),
@@ -114,21 +123,31 @@ def prepare(
     packing_efficiency=packing_efficiency(
       train_set, max_length=max_length, pack=pack
     ),
-    cut=train_fit.cut + eval_fit.cut,
-    dropped=train_fit.dropped + eval_fit.dropped,
-    split=train_fit.split + eval_fit.split,
+    cut=sum(each.cut for each in fits),
+    dropped=sum(each.dropped for each in fits),
+    split=sum(each.split for each in fits),
     duplicates=duplicates,
-    notes=tuple(note for part in parts for note in part.notes),
+    notes=(*(n for part in parts for n in part.notes), *_mix(parts, mixture)),
   )
-  score, is_well_formed = _judges(kept)
   return Prepared(
     tuple(train_set),
     tuple(eval_set),
     tuple(kept),
     report,
-    score,
-    is_well_formed,
+    mixture,
+    *_judges(kept),
   )
+
+
+def _mix(parts: Sequence[Part], mixture: Mixture) -> list[str]:
+  """Says what an epoch holds of each source, where there are several."""
+  counts, total = mixture.counts, sum(mixture.counts)
+  return [
+    f'{part.source}: {count:,} of {size:,} examples an epoch,'
+    f' {count / total:.1%} of it'
+    for part, count, size in zip(parts, counts, mixture.sizes, strict=True)
+    if len(parts) > 1
+  ]
 
 
 def _examples(

@@ -233,6 +233,7 @@ def make_loader(spec: RunSpec, data: Prepared) -> Loader:
     max_length=spec.data.max_length,
     pack=spec.data.pack,
     seed=spec.seed,
+    mixture=data.mixture,
   )
 
 

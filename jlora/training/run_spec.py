@@ -8,6 +8,7 @@ from typing import Any
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
 from jlora.core.targets import as_pairs
+from jlora.data.mixing import make_sources
 from jlora.data.rows import make_columns
 from jlora.errors import ConfigError
 from jlora.parallel.rules import Names, Rules
@@ -32,9 +33,9 @@ class DataSpec:
 
   Attributes:
     train: `reasoning_gym:TASK`, a data file, a folder of such files, or a hub
-      id.
-    eval: Likewise; None holds out a share of `train`, or takes the valid files
-      of a folder.
+      id; several of these, or pairs of each with its weight.
+    eval: One of these; None holds out a share of `train`, or takes the valid
+      files of a folder.
     columns: Pairs of a field of a row and the column that holds it, or of a
       source and such pairs; () reads columns by their names.
     max_length: Tokens a row.
@@ -43,7 +44,7 @@ class DataSpec:
     eval_examples: Examples held out.
   """
 
-  train: str
+  train: str | tuple[Any, ...]
   eval: str | None = None
   columns: tuple[Any, ...] | str = ()
   max_length: int = 256
@@ -55,12 +56,20 @@ class DataSpec:
     """Checks the fields."""
     if not self.train:
       raise ConfigError('data.train is empty; name a data file or a source')
+    object.__setattr__(self, 'train', make_sources(self.train))
     object.__setattr__(self, 'columns', make_columns(self.columns))
     if self.max_length < 2:
       raise ConfigError(
         f'data.max_length is {self.max_length}; it must be 2 tokens or more'
       )
     _require('data', self, 'train_examples', 'eval_examples')
+
+  @property
+  def sources(self) -> tuple[tuple[str, float | None], ...]:
+    """What is trained on, each source with its weight or None."""
+    if isinstance(self.train, str):
+      return ((self.train, None),)
+    return self.train
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
