@@ -1,24 +1,18 @@
 """From the names of sources to examples that can be trained on."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from jlora.data import tasks
 from jlora.data.conversations import Conversation
-from jlora.data.fitting import Fit, fit
 from jlora.data.loader import packing_efficiency
 from jlora.data.mixing import Mixture, Sources
 from jlora.data.parts import Part, load_parts, separate
+from jlora.data.recipe import Made, Recipe
 from jlora.data.report import DataReport
-from jlora.data.tokens import Example, tokenize
+from jlora.data.tokens import Example
 from jlora.errors import DataError
-
-if TYPE_CHECKING:
-  from transformers import PreTrainedTokenizerFast as Tokenizer
-else:
-  Tokenizer = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,16 +43,13 @@ class Prepared:
 def prepare(
   train: str | Sources,
   eval: str | None,  # noqa: A002
-  tokenizer: Tokenizer,
+  recipe: Recipe,
   *,
-  max_length: int,
   pack: bool = True,
   seed: int = 0,
   train_examples: int | None = None,
   eval_examples: int = 200,
   columns: Sequence[tuple[str, Any]] = (),
-  vocab_size: int | None = None,
-  max_lost: float = 0.1,
 ) -> Prepared:
   """Loads, separates, tokenizes and fits the data of a run.
 
@@ -68,8 +59,7 @@ def prepare(
     eval: Where held-out data comes from. None takes other questions of the
       same task, a folder's own valid files, or holds a seeded part of `train`
       out: `eval_examples`, but at most a tenth of it.
-    tokenizer: The base's tokenizer, with its chat template.
-    max_length: Tokens a row.
+    recipe: How conversations become examples.
     pack: Whether examples share rows.
     seed: Which questions of a task are trained on, and which part of other
       data is held out.
@@ -77,9 +67,6 @@ def prepare(
     eval_examples: Examples to hold out.
     columns: Pairs of a field and the column that holds it, or of a source and
       such pairs.
-    vocab_size: Rows of the base's embedding; None does not check ids.
-    max_lost: The largest share of examples that may lose tokens to
-      `max_length`.
 
   Returns:
     The data, and a report of what was decided and dropped.
@@ -105,37 +92,64 @@ def prepare(
       f'all {duplicates} held-out examples of {eval or train!r} occur in'
       ' training; name another source in data.eval'
     )
-  make = functools.partial(
-    _examples, tokenizer, max_length, max_lost, vocab_size
+  made = [recipe.make(part.trained) for part in parts]
+  held_out = recipe.make(kept)
+  mixture = Mixture(
+    tuple(len(each.examples) for each in made),
+    tuple(weight for _, weight in sources),
   )
-  made = [make(part.trained) for part in parts]
-  eval_set, eval_fit = make(kept)
-  train_set = [example for examples, _ in made for example in examples]
-  fits = [eval_fit, *(part_fit for _, part_fit in made)]
-  sizes = tuple(len(examples) for examples, _ in made)
-  mixture = Mixture(sizes, tuple(weight for _, weight in sources))
   mixture.require_all([name for name, _ in sources])
-  report = DataReport(
-    examples=len(train_set),
+  examples = [example for each in made for example in each.examples]
+  report = count(
+    examples,
+    [*made, held_out],
+    packing_efficiency(examples, max_length=recipe.max_length, pack=pack),
+    (*(n for part in parts for n in part.notes), *_mix(parts, mixture)),
     eval_examples=len(kept),
-    tokens=sum(map(len, train_set)),
-    trained_tokens=int(sum(e.loss_mask.sum() for e in train_set)),
-    packing_efficiency=packing_efficiency(
-      train_set, max_length=max_length, pack=pack
-    ),
-    cut=sum(each.cut for each in fits),
-    dropped=sum(each.dropped for each in fits),
-    split=sum(each.split for each in fits),
     duplicates=duplicates,
-    notes=(*(n for part in parts for n in part.notes), *_mix(parts, mixture)),
   )
   return Prepared(
-    tuple(train_set),
-    tuple(eval_set),
-    tuple(kept),
+    tuple(examples),
+    tuple(held_out.examples),
+    tuple(recipe.prepared(kept)[0]),
     report,
     mixture,
-    *_judges(kept),
+    *judges(kept),
+  )
+
+
+def count(
+  examples: Sequence[Example],
+  made: Sequence[Made],
+  packing: float,
+  notes: tuple[str, ...],
+  *,
+  eval_examples: int,
+  duplicates: int,
+) -> DataReport:
+  """Returns the report on examples to train on.
+
+  Args:
+    examples: What is trained on.
+    made: These and the held-out ones, with what it took.
+    packing: Share of the places in rows that hold a token.
+    notes: What was decided about the sources.
+    eval_examples: Conversations held out.
+    duplicates: Those that were passed over.
+  """
+  return DataReport(
+    examples=len(examples),
+    eval_examples=eval_examples,
+    tokens=sum(map(len, examples)),
+    trained_tokens=int(sum(e.loss_mask.sum() for e in examples)),
+    packing_efficiency=packing,
+    cut=sum(each.fit.cut for each in made),
+    dropped=sum(each.fit.dropped for each in made),
+    split=sum(each.fit.split for each in made),
+    divided=sum(each.divided for each in made),
+    thoughts=sum(each.thoughts for each in made),
+    duplicates=duplicates,
+    notes=notes,
   )
 
 
@@ -150,28 +164,17 @@ def _mix(parts: Sequence[Part], mixture: Mixture) -> list[str]:
   ]
 
 
-def _examples(
-  tokenizer: Tokenizer,
-  max_length: int,
-  max_lost: float,
-  vocab_size: int | None,
-  conversations: Sequence[Conversation],
-) -> tuple[list[Example], Fit]:
-  examples = [
-    tokenize(conversation, tokenizer, vocab_size=vocab_size)
-    for conversation in conversations
-  ]
-  is_text = [conversation.is_text for conversation in conversations]
-  return fit(examples, is_text, max_length=max_length, max_lost=max_lost)
-
-
-def _judges(
+def judges(
   conversations: Sequence[Conversation],
 ) -> tuple[
   Callable[[str, Conversation], float] | None,
   Callable[[str, Conversation], bool] | None,
 ]:
-  """Returns the verifier and the judge of form of a task, or two Nones."""
+  """Returns the verifier and the judge of form of a task, or two Nones.
+
+  Args:
+    conversations: What is held out.
+  """
   if any(conversation.task is None for conversation in conversations):
     return None, None
   shape = tasks.shape_of(c.reference for c in conversations)

@@ -20,6 +20,7 @@ from jlora.core.state import TrainState
 from jlora.data.batch import Batch
 from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
+from jlora.data.recipe import Recipe
 from jlora.data.report import show_examples
 from jlora.errors import DataError
 from jlora.models import families
@@ -206,17 +207,24 @@ def load_data(spec: RunSpec, base: Base) -> Prepared:
   Raises:
     DataError: A source is missing, malformed or too small.
   """
-  return prepare(
-    spec.data.train,
-    spec.data.eval,
-    base.tokenizer,
-    max_length=spec.data.max_length,
-    pack=spec.data.pack,
-    seed=spec.seed,
-    train_examples=spec.data.train_examples,
-    eval_examples=spec.data.eval_examples,
-    columns=spec.data.columns,
+  data = spec.data
+  recipe = Recipe(
+    tokenizer=base.tokenizer,
+    max_length=data.max_length,
+    learn=data.learn,
+    thinking=data.thinking,
+    too_long=data.too_long,
     vocab_size=base.config.vocab_size,
+  )
+  return prepare(
+    data.train,
+    data.eval,
+    recipe,
+    pack=data.pack,
+    seed=spec.seed,
+    train_examples=data.train_examples,
+    eval_examples=data.eval_examples,
+    columns=data.columns,
   )
 
 

@@ -8,8 +8,11 @@ from typing import Any
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
 from jlora.core.targets import as_pairs
+from jlora.data.fitting import TOO_LONG
 from jlora.data.mixing import make_sources
 from jlora.data.rows import make_columns
+from jlora.data.thinking import KEEP
+from jlora.data.tokens import LEARN
 from jlora.errors import ConfigError
 from jlora.parallel.rules import Names, Rules
 from jlora.training.optimizers import OptimSpec
@@ -27,6 +30,13 @@ def _require(section: str, spec: Any, *fields: str, least: int = 1) -> None:
       )
 
 
+def _choose(section: str, spec: Any, **fields: tuple[str, ...]) -> None:
+  for field, choices in fields.items():
+    value = getattr(spec, field)
+    if value not in choices:
+      raise ConfigError(f'{section}.{field} {value!r} is none of {choices}')
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataSpec:
   """What is trained on and what is held out.
@@ -38,7 +48,12 @@ class DataSpec:
       files of a folder.
     columns: Pairs of a field of a row and the column that holds it, or of a
       source and such pairs; () reads columns by their names.
+    learn: What is learned of a conversation: 'completions', what the assistant
+      says; 'last', its last turn; 'all', whatever the chat template writes.
+    thinking: 'keep' or 'drop': what is thought before an answer.
     max_length: Tokens a row.
+    too_long: What happens to conversations longer than a row: 'cut', 'drop' or
+      'error'. Text is always split.
     pack: Whether several examples share a row.
     train_examples: Examples to train on; None is all. A generator needs it.
     eval_examples: Examples held out.
@@ -47,7 +62,10 @@ class DataSpec:
   train: str | tuple[Any, ...]
   eval: str | None = None
   columns: tuple[Any, ...] | str = ()
+  learn: str = 'completions'
+  thinking: str = 'keep'
   max_length: int = 256
+  too_long: str = 'cut'
   pack: bool = True
   train_examples: int | None = None
   eval_examples: int = 200
@@ -63,6 +81,7 @@ class DataSpec:
         f'data.max_length is {self.max_length}; it must be 2 tokens or more'
       )
     _require('data', self, 'train_examples', 'eval_examples')
+    _choose('data', self, learn=LEARN, thinking=KEEP, too_long=TOO_LONG)
 
   @property
   def sources(self) -> tuple[tuple[str, float | None], ...]:
@@ -125,10 +144,7 @@ class TrainSpec:
       raise ConfigError(
         f'train.steps or epochs is {length}; it must be above 0 and finite'
       )
-    if self.remat not in REMAT:
-      raise ConfigError(f'train.remat {self.remat!r} is none of {REMAT}')
-    if self.dtype not in DTYPES:
-      raise ConfigError(f'train.dtype {self.dtype!r} is none of {DTYPES}')
+    _choose('train', self, remat=REMAT, dtype=DTYPES)
 
   def rows(self, devices: int) -> int:
     """Returns the rows of a microbatch on each device.

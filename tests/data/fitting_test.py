@@ -6,8 +6,9 @@ from jlora.data.tokens import Example
 from jlora.errors import DataError
 
 
-def fit_one(example, max_length, is_text=False, max_lost=1.0):
-  return fit([example], [is_text], max_length=max_length, max_lost=max_lost)
+def fit_one(example, max_length, is_text=False, **options):
+  options = {'max_lost': 1.0} | options
+  return fit([example], [is_text], max_length=max_length, **options)
 
 
 def test_what_fits_is_left_alone(make_examples):
@@ -61,6 +62,33 @@ def test_more_than_a_tenth_lost_is_refused(make_examples, long, refused):
       fit(examples, [False] * 10, max_length=6)
   else:
     assert fit(examples, [False] * 10, max_length=6)[1] == Fit(cut=1)
+
+
+def test_what_is_too_long_can_be_dropped_however_much_it_is(make_examples):
+  examples = make_examples([4, 10, 7, 8])
+  fitted, counts = fit(examples, [False] * 4, max_length=6, too_long='drop')
+  assert [len(example) for example in fitted] == [4, 7]
+  assert counts == Fit(dropped=2)
+
+
+def test_text_is_split_where_conversations_are_dropped(make_examples):
+  (example,) = make_examples([20])
+  assert fit_one(example, 6, True, too_long='drop')[1] == Fit(split=1)
+  assert fit_one(example, 6, True, too_long='error')[1] == Fit(split=1)
+
+
+def test_one_that_is_too_long_can_be_an_error(make_examples):
+  examples = make_examples([4, 10])
+  with pytest.raises(
+    DataError, match=r'b\.csv:2: it takes 9 places, .*max_length=6'
+  ):
+    fit(
+      examples,
+      [False, False],
+      max_length=6,
+      too_long='error',
+      where=['a.csv:1', 'b.csv:2'],
+    )
 
 
 def test_nothing_left_is_refused(make_examples):

@@ -1,9 +1,20 @@
+import dataclasses
 import json
 
 import pytest
 
-from jlora.data.prepare import prepare
+from jlora.data.prepare import prepare as prepare_by
+from jlora.data.recipe import Recipe
 from jlora.errors import DataError
+
+
+def prepare(train, held_out, tokenizer, **options):
+  """Prepares with those options that are a recipe's, and the others."""
+  names = {field.name for field in dataclasses.fields(Recipe)}
+  recipe = {k: v for k, v in options.items() if k in names}
+  others = {k: v for k, v in options.items() if k not in names}
+  recipe = Recipe(tokenizer=tokenizer, **recipe)
+  return prepare_by(train, held_out, recipe, **others)
 
 
 def rows(*questions):
@@ -145,6 +156,65 @@ def test_tasks_and_files_mix(tokenizer, write):
   assert data.mixture.counts == (10, 10)
   assert [c.task for c in data.eval_conversations] == ['gcd'] * 4 + [None] * 3
   assert data.score is None
+
+
+CHAT = {
+  'messages': [
+    {'role': 'user', 'content': 'q'},
+    {'role': 'assistant', 'content': '<think>so</think>the answer'},
+    {'role': 'user', 'content': 'again'},
+    {'role': 'assistant', 'content': 'the answer is the answer'},
+  ]
+}
+
+
+def chats(write, n=3):
+  lines = []
+  for i in range(n):
+    first, *rest = CHAT['messages']
+    first = {**first, 'content': f'q{i}'}
+    lines.append(json.dumps({'messages': [first, *rest]}))
+  return write(*lines)
+
+
+def test_what_is_learned_can_be_chosen(tokenizer, write):
+  path = chats(write)
+  counts = {
+    learn: prepare(path, None, tokenizer, max_length=99, learn=learn).report
+    for learn in ('completions', 'last', 'all')
+  }
+  share = {learn: r.share_trained for learn, r in counts.items()}
+  assert share['last'] < share['completions'] < share['all'] < 1
+  assert len({r.tokens for r in counts.values()}) == 1
+
+
+def test_what_is_thought_is_dropped_and_counted(tokenizer, write):
+  path = chats(write)
+  kept = prepare(path, None, tokenizer, max_length=99)
+  data = prepare(path, None, tokenizer, max_length=99, thinking='drop')
+  assert data.report.tokens < kept.report.tokens
+  assert 'what is thought is dropped from 3 turns' in data.report.lines()
+
+
+def test_conversations_that_a_template_divides_are_counted(
+  make_tokenizer, write
+):
+  template = (
+    "{% for m in messages %}{{ m['role'] + ':' }}"
+    "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}"
+    '<|im_end|>{% endfor %}'
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+  )
+  data = prepare(chats(write), None, make_tokenizer(template), max_length=99)
+  assert (len(data.train), len(data.eval), data.report.divided) == (4, 2, 3)
+  assert data.report.eval_examples == 1
+  assert '3 conversations divided' in '\n'.join(data.report.lines())
+
+
+def test_a_conversation_that_is_too_long_is_named(tokenizer, write):
+  path = chats(write)
+  with pytest.raises(DataError, match=rf'{path}:\d: it takes .*too_long'):
+    prepare(path, None, tokenizer, max_length=60, too_long='error')
 
 
 def test_one_row_cannot_be_held_out(tokenizer, write):

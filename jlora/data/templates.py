@@ -1,0 +1,119 @@
+"""Conversations as text, through the chat template of a base's tokenizer."""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from jlora.data.conversations import Conversation, Message
+from jlora.data.turns import THINKING
+from jlora.errors import DataError
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast as Tokenizer
+else:
+  Tokenizer = Any
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+  """Requires a chat template.
+
+  Raises:
+    DataError: The tokenizer has none.
+  """
+  if not getattr(tokenizer, 'chat_template', None):
+    raise DataError(
+      "the base's tokenizer has no chat template; use a base that was tuned for"
+      " chat, or rows of 'text'"
+    )
+
+
+def check_written(conversation: Conversation, tokenizer: Tokenizer) -> None:
+  """Requires that the template writes all that a conversation holds.
+
+  Args:
+    conversation: Its turns may call tools or think.
+    tokenizer: With its chat template.
+
+  Raises:
+    DataError: There is no template, or it never names what is there.
+  """
+  check_template(tokenizer)
+  template = str(tokenizer.chat_template)
+  fields = {name for m in conversation.messages for name in m.more}
+  calls = 'tool_calls' in fields and 'tool_calls'
+  for name in filter(None, (conversation.tools and 'tools', calls)):
+    if name not in template:
+      raise DataError(
+        f'{_at(conversation)}the chat template has no place for {name!r}; use a'
+        ' base whose template calls tools, or leave such rows out'
+      )
+  for name in fields.intersection(THINKING):
+    if name not in template:
+      raise DataError(
+        f'{_at(conversation)}the chat template has no place for {name!r}; set'
+        " data.thinking='drop', or write it into the content, such as"
+        ' <think>...</think>'
+      )
+
+
+def _at(conversation: Conversation) -> str:
+  return f'{conversation.where}: ' if conversation.where else ''
+
+
+def render(
+  conversation: Conversation,
+  messages: Sequence[Message],
+  tokenizer: Tokenizer,
+  *,
+  header: bool = False,
+) -> str:
+  """Returns the text of the first turns of a conversation.
+
+  Args:
+    conversation: Whose tools the template gets.
+    messages: Its first turns.
+    tokenizer: With its chat template.
+    header: Whether an answer is opened after them.
+
+  Raises:
+    DataError: There is no template, or it refuses the turns.
+  """
+  check_template(tokenizer)
+  try:
+    return tokenizer.apply_chat_template(
+      [message.fields() for message in messages],
+      tools=list(conversation.tools) or None,
+      tokenize=False,
+      add_generation_prompt=header,
+    )
+  except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    roles = ', '.join(message.role for message in messages)
+    raise DataError(
+      f'{_at(conversation)}the chat template refuses a conversation of {roles}:'
+      f' {error}; change the roles, or use another base'
+    ) from error
+
+
+def said_in(text: str, tokenizer: Tokenizer) -> str:
+  """Returns rendered turns without what closes the text and not the turn.
+
+  Phi-3's template writes `<|end|>` after each turn, and after the last one
+  also the end of the text, which a model does not get to say.
+
+  Args:
+    text: As `render` returns it, without a header.
+    tokenizer: What rendered it.
+  """
+  end = tokenizer.eos_token
+  turns = text.removesuffix(end) if end else text
+  if turns != text and is_closed(turns, tokenizer):
+    return turns
+  return text
+
+
+def is_closed(text: str, tokenizer: Tokenizer) -> bool:
+  """Returns whether a text ends with a special token, but for spaces."""
+  added = tokenizer.added_tokens_decoder.values()
+  special = [token.content for token in added if token.special]
+  return text.rstrip().endswith((*special, *tokenizer.all_special_tokens))
