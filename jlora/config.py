@@ -225,15 +225,16 @@ def check_sources(spec: RunSpec) -> None:
     DataError: A source is missing or unknown.
   """
   check_base(spec.base)
+  endless = spec.data.train_examples is None and not spec.data.stream
   for source, _ in spec.data.sources:
-    check_source(source)
-    if is_task(source) and spec.data.train_examples is None:
+    check_source(source, whole=not spec.data.stream)
+    if is_task(source) and endless:
       raise ConfigError(
         f'data.train {source!r} has no end; set data.train_examples, such as'
         ' 2000'
       )
   if spec.data.eval is not None:
-    check_source(spec.data.eval, split='eval')
+    check_source(spec.data.eval, split='eval', whole=not spec.data.stream)
 
 
 def from_json(text: str) -> RunSpec:

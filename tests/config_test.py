@@ -152,6 +152,15 @@ def test_a_value_of_the_wrong_type_is_refused(sections, message):
     ({'data': {'learn': 'some'}}, "data.learn 'some' is none of"),
     ({'data': {'thinking': 'no'}}, "data.thinking 'no' is none of"),
     ({'data': {'too_long': 'trim'}}, "data.too_long 'trim' is none of"),
+    ({'data': {'shuffle_buffer': 0}}, 'data.shuffle_buffer is 0'),
+    (
+      {'data': {'stream': True, 'shuffle_buffer': 3}},
+      'shuffle_buffer is 3, fewer examples than the 4 rows',
+    ),
+    (
+      {'data': {'stream': True}, 'train': {'steps': None, 'epochs': 1.0}},
+      'train.epochs is 1.0, but with data.stream nobody knows',
+    ),
     ({'data': {'columns': {'ask': 'q'}}}, "reads 'q' as 'ask'"),
     ({'data': {'columns': 'prompt'}}, "data.columns is 'prompt'"),
     ({'eval': {'every': 0}}, 'eval.every is 0'),

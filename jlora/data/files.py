@@ -7,6 +7,7 @@ library, which also knows the line.
 """
 
 import csv
+import itertools
 import json
 import os
 import pathlib
@@ -32,11 +33,12 @@ def _suffix(path: str) -> str:
   return pathlib.PurePath(path).suffix.lower()
 
 
-def check_file(path: str) -> None:
+def check_file(path: str, *, whole: bool = True) -> None:
   """Finds what is wrong with a file before anything parses it.
 
   Args:
     path: A file of one of the kinds in `READERS`.
+    whole: Whether to look at all of it; else at its first lines.
 
   Raises:
     DataError: It is missing, empty, not UTF-8, no Parquet though it is called
@@ -48,17 +50,18 @@ def check_file(path: str) -> None:
     if _suffix(path) == '.parquet':
       _check_parquet(path)
     elif _suffix(path) == '.jsonl':
-      lines.check_lines(path)
+      lines.check_lines(path, whole=whole)
     else:
-      _check_text(path)
+      _check_text(path, whole)
   except OSError as error:
     raise DataError(f'data file {path!r} cannot be read: {error}') from error
 
 
-def _check_text(path: str) -> None:
+def _check_text(path: str, whole: bool) -> None:
   empty = True
   with open(path, 'rb') as file:
-    for number, line in enumerate(file, 1):
+    some = None if whole else lines.SOME
+    for number, line in enumerate(itertools.islice(file, some), 1):
       line = line.removeprefix(_BOM) if number == 1 else line
       lines.check_line(path, number, line)
       empty = empty and not line.strip()

@@ -1,5 +1,6 @@
 """JSON lines: one object a line, each named by its number."""
 
+import itertools
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -7,20 +8,23 @@ from typing import Any
 from jlora.errors import DataError
 
 MAX_LINE = 16 << 20  # bytes; a longer line is no row but a broken file
+SOME = 1000  # lines that are looked at where a file may be very large
 
 
-def check_lines(path: str) -> None:
+def check_lines(path: str, *, whole: bool = True) -> None:
   """Finds what is wrong with the lines of a file before they are parsed.
 
   Args:
     path: A .jsonl file.
+    whole: Whether to look at all of them; else at the first.
 
   Raises:
     DataError: It is empty, not UTF-8, starts with a byte-order mark, or has a
       line above 16 MiB; the message holds file and line.
   """
   empty = True
-  for number, line in _raw_lines(path):
+  some = None if whole else SOME
+  for number, line in itertools.islice(_raw_lines(path), some):
     _check_row(path, number, line)
     empty = empty and not line.strip()
   if empty:

@@ -2,7 +2,8 @@
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -118,6 +119,25 @@ class Loader:
     """
     return int(sum(self._lengths[row].sum() for row in self._rows_of(step)))
 
+  def state(self, step: int) -> dict[str, Any]:
+    """Returns nothing: the step alone says where a run stands.
+
+    Args:
+      step: Counts from zero.
+    """
+    return {}
+
+  def seek(self, state: Mapping[str, Any]) -> None:
+    """Does nothing, likewise.
+
+    Args:
+      state: As `state` gave it.
+    """
+
+  def lines(self) -> list[str]:
+    """Returns nothing: all that was read was said before the first step."""
+    return []
+
   def _rows_of(self, step: int) -> list[list[int]]:
     """Returns the examples of each row; empty rows at the end are left out."""
     if step < 0:
@@ -141,12 +161,33 @@ class Loader:
     # The raw bits of Philox are the same in every NumPy, unlike a Generator's.
     bits = np.random.Philox(key=[self._seed, epoch])
     drawn = self._mixture.draw(self._seed, epoch)
-    order = drawn[np.argsort(bits.random_raw(len(drawn)), kind='stable')]
-    rows = _rows(self._lengths[order], self.max_length, self._pack)
-    rows = [
-      rows[i] for i in np.argsort(bits.random_raw(len(rows)), kind='stable')
-    ]
-    return [[int(order[i]) for i in row] for row in rows]
+    return shuffled_rows(
+      self._lengths, drawn, bits, self.max_length, self._pack
+    )
+
+
+def shuffled_rows(
+  lengths: np.ndarray,
+  drawn: np.ndarray,
+  bits: np.random.Philox,
+  max_length: int,
+  pack: bool,
+) -> list[list[int]]:
+  """Returns rows of examples, these and those in a random order.
+
+  Args:
+    lengths: Places that each example takes.
+    drawn: Which of them are in the rows.
+    bits: What decides the order.
+    max_length: Places a row.
+    pack: Whether examples share rows.
+  """
+  order = drawn[np.argsort(bits.random_raw(len(drawn)), kind='stable')]
+  rows = _rows(lengths[order], max_length, pack)
+  rows = [
+    rows[i] for i in np.argsort(bits.random_raw(len(rows)), kind='stable')
+  ]
+  return [[int(order[i]) for i in row] for row in rows]
 
 
 def _rows(

@@ -67,6 +67,16 @@ def shares(sources: Sources) -> list[float]:
   return [weight / sum(weights) for weight in weights]
 
 
+def portion(examples: int | None, share: float) -> Any:
+  """Returns a share of a number of examples, at least one.
+
+  Args:
+    examples: How many; None is all, and stays so.
+    share: Of them.
+  """
+  return examples if examples is None else max(round(examples * share), 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class Mixture:
   """Examples of several sources, one source after the other.

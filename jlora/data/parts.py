@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from jlora.data.conversations import Conversation, make_text
-from jlora.data.mixing import Sources, shares
+from jlora.data.mixing import Sources, portion, shares
 from jlora.data.rows import Columns, columns_of
 from jlora.data.sources import held_out_source, is_task, load_conversations
 from jlora.errors import DataError
@@ -63,8 +63,8 @@ def load_parts(
       source,
       hold_out=eval_ is None,
       seed=seed,
-      train_examples=_portion(train_examples, share),
-      eval_examples=_portion(eval_examples, share),
+      train_examples=portion(train_examples, share),
+      eval_examples=portion(eval_examples, share),
       columns=columns_of(source, columns),
     )
     for (source, _), share in zip(sources, shares(sources), strict=True)
@@ -76,10 +76,6 @@ def load_parts(
     parts[0] = dataclasses.replace(parts[0], held_out=held, limit=eval_examples)
     parts[-1].notes.append(note)
   return parts
-
-
-def _portion(examples: int | None, share: float) -> Any:
-  return examples if examples is None else max(round(examples * share), 1)
 
 
 def _load_part(

@@ -11,6 +11,7 @@ from jlora.data.mixing import Mixture, Sources
 from jlora.data.parts import Part, load_parts, separate
 from jlora.data.recipe import Made, Recipe
 from jlora.data.report import DataReport
+from jlora.data.stream_loader import StreamLoader
 from jlora.data.tokens import Example
 from jlora.errors import DataError
 
@@ -24,7 +25,8 @@ class Prepared:
     eval: Held-out examples.
     eval_conversations: What `eval` was made of, to be answered and scored.
     report: The counters.
-    mixture: Which of `train` an epoch holds.
+    order: Which of `train` an epoch holds; or the loader that reads data as it
+      goes, of which `train` is the first block.
     score: Maps (completion, conversation) to the verifier's score, 1.0 for a
       right answer; None where the held-out data has no verifier.
     is_well_formed: Maps (completion, conversation) to whether the completion
@@ -35,7 +37,7 @@ class Prepared:
   eval: tuple[Example, ...]
   eval_conversations: tuple[Conversation, ...]
   report: DataReport
-  mixture: Mixture
+  order: Mixture | StreamLoader
   score: Callable[[str, Conversation], float] | None = None
   is_well_formed: Callable[[str, Conversation], bool] | None = None
 
@@ -92,8 +94,8 @@ def prepare(
       f'all {duplicates} held-out examples of {eval or train!r} occur in'
       ' training; name another source in data.eval'
     )
-  made = [recipe.make(part.trained) for part in parts]
-  held_out = recipe.make(kept)
+  made = [recipe.make_all(part.trained) for part in parts]
+  held_out = recipe.make_all(kept)
   mixture = Mixture(
     tuple(len(each.examples) for each in made),
     tuple(weight for _, weight in sources),
@@ -111,7 +113,7 @@ def prepare(
   return Prepared(
     tuple(examples),
     tuple(held_out.examples),
-    tuple(recipe.prepared(kept)[0]),
+    tuple(recipe.prepared(conversation)[0] for conversation in kept),
     report,
     mixture,
     *judges(kept),

@@ -1,11 +1,11 @@
 """How conversations become examples that fit into rows."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from jlora.data.conversations import Conversation
-from jlora.data.fitting import Fit, fit
+from jlora.data.fitting import Fit, fit, require_kept
 from jlora.data.thinking import without_thinking
 from jlora.data.tokens import Example, tokenize
 
@@ -21,15 +21,30 @@ class Made:
 
   Attributes:
     examples: Each within a row.
+    whole: How many they were at their full length.
+    longest: Places of the longest of these.
     fit: What was cut, dropped and split.
     divided: Conversations made into several examples by the template.
     thoughts: Turns from which what is thought was dropped.
   """
 
-  examples: list[Example]
-  fit: Fit
-  divided: int
-  thoughts: int
+  examples: list[Example] = dataclasses.field(default_factory=list)
+  whole: int = 0
+  longest: int = 0
+  fit: Fit = dataclasses.field(default_factory=Fit)
+  divided: int = 0
+  thoughts: int = 0
+
+  def __add__(self, other: 'Made') -> 'Made':
+    """Returns the examples and counts of both."""
+    return Made(
+      self.examples + other.examples,
+      self.whole + other.whole,
+      max(self.longest, other.longest),
+      self.fit + other.fit,
+      self.divided + other.divided,
+      self.thoughts + other.thoughts,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -42,7 +57,7 @@ class Recipe:
     learn: See `tokens.tokenize`.
     thinking: 'keep' or 'drop': what is thought before an answer.
     too_long: See `fitting.fit`.
-    max_lost: Likewise.
+    max_lost: The largest share of examples that 'cut' may take tokens from.
     vocab_size: Rows of the base's embedding; None does not check ids.
   """
 
@@ -54,46 +69,82 @@ class Recipe:
   max_lost: float = 0.1
   vocab_size: int | None = None
 
-  def make(self, conversations: Sequence[Conversation]) -> Made:
+  def make(self, conversation: Conversation) -> Made:
+    """Returns the examples of a conversation, maybe none.
+
+    Args:
+      conversation: As it was read.
+
+    Raises:
+      DataError: It cannot be tokenized, or is too long where that is an error.
+    """
+    conversation, thoughts = self.prepared(conversation)
+    whole = tokenize(
+      conversation,
+      self.tokenizer,
+      learn=self.learn,
+      vocab_size=self.vocab_size,
+    )
+    fitted = [self._fit(example, conversation) for example in whole]
+    return Made(
+      [piece for pieces, _ in fitted for piece in pieces],
+      len(whole),
+      max(example.places for example in whole),
+      sum((counts for _, counts in fitted), Fit()),
+      int(len(whole) > 1),
+      thoughts,
+    )
+
+  def _fit(
+    self, example: Example, conversation: Conversation
+  ) -> tuple[list[Example], Fit]:
+    return fit(
+      example,
+      is_text=conversation.is_text,
+      max_length=self.max_length,
+      too_long=self.too_long,
+      where=conversation.where,
+    )
+
+  def make_all(self, conversations: Iterable[Conversation]) -> Made:
     """Returns examples in the order of their conversations.
 
     Args:
       conversations: At least one.
 
     Raises:
-      DataError: One cannot be tokenized, or too much of them is longer than a
-        row.
+      DataError: As `make` does, or nothing is left of them, or too much of
+        them is longer than a row.
     """
-    conversations, thoughts = self.prepared(conversations)
-    made = [
-      tokenize(
-        conversation,
-        self.tokenizer,
-        learn=self.learn,
-        vocab_size=self.vocab_size,
-      )
-      for conversation in conversations
-    ]
-    pairs = list(zip(conversations, made, strict=True))
-    fitted, counts = fit(
-      [example for examples in made for example in examples],
-      [c.is_text for c, examples in pairs for _ in examples],
-      where=[c.where for c, examples in pairs for _ in examples],
-      max_length=self.max_length,
-      max_lost=self.max_lost,
-      too_long=self.too_long,
-    )
-    divided = sum(len(examples) > 1 for examples in made)
-    return Made(fitted, counts, divided, thoughts)
+    made = [self.make(conversation) for conversation in conversations]
+    counts = sum((dataclasses.replace(m, examples=[]) for m in made), Made())
+    self.require_kept(counts)
+    examples = [example for each in made for example in each.examples]
+    return dataclasses.replace(counts, examples=examples)
 
-  def prepared(
-    self, conversations: Sequence[Conversation]
-  ) -> tuple[list[Conversation], int]:
-    """Returns conversations as they are learned, and turns that lost thoughts.
+  def require_kept(self, made: Made) -> None:
+    """Requires that examples did not lose too much.
 
     Args:
-      conversations: As they were read.
+      made: The examples.
+
+    Raises:
+      DataError: They did.
+    """
+    require_kept(
+      made.fit,
+      made.whole,
+      max_lost=self.max_lost if self.too_long == 'cut' else 1.0,
+      max_length=self.max_length,
+      longest=made.longest,
+    )
+
+  def prepared(self, conversation: Conversation) -> tuple[Conversation, int]:
+    """Returns a conversation as it is learned, and turns that lost thoughts.
+
+    Args:
+      conversation: As it was read.
     """
     if self.thinking == 'keep':
-      return list(conversations), 0
-    return without_thinking(conversations)
+      return conversation, 0
+    return without_thinking(conversation)

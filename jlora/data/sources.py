@@ -12,7 +12,9 @@ from jlora.errors import DataError
 _TASK = 'reasoning_gym:'
 
 
-def check_source(source: str, *, split: str = 'train') -> None:
+def check_source(
+  source: str, *, split: str = 'train', whole: bool = True
+) -> None:
   """Finds what is wrong with a source before anything is loaded.
 
   Args:
@@ -21,6 +23,7 @@ def check_source(source: str, *, split: str = 'train') -> None:
       with `:SPLIT` where it is not 'train'.
     split: 'train' or 'eval': which of a folder's files are meant where the
       source does not say.
+    whole: Whether files are looked at to their end; else their beginning.
 
   Raises:
     DataError: The task or file does not exist, a file is damaged, or it is
@@ -30,7 +33,7 @@ def check_source(source: str, *, split: str = 'train') -> None:
   if kind == 'task':
     tasks.check_task(source.removeprefix(_TASK))
   for path in files_of(source, split):
-    files.check_file(path)
+    files.check_file(path, whole=whole)
 
 
 def is_task(source: str) -> bool:
@@ -117,6 +120,22 @@ def open_rows(
     yield from files.read_file(path)
 
 
+def draw_conversations(
+  source: str, *, split: str, seed: int
+) -> Iterator[Conversation]:
+  """Yields the questions of a task, without end.
+
+  Args:
+    source: `reasoning_gym:TASK`.
+    split: 'train' or 'eval', which share none.
+    seed: Which stream of training questions.
+
+  Raises:
+    DataError: There is no such task, or it cannot be drawn.
+  """
+  return tasks.draw_task(source.removeprefix(_TASK), split=split, seed=seed)
+
+
 def load_conversations(
   source: str,
   *,
@@ -146,7 +165,7 @@ def load_conversations(
       raise DataError(
         f'{source!r} has no end; set data.{split}_examples to a number'
       )
-    drawn = tasks.draw_task(source.removeprefix(_TASK), split=split, seed=seed)
+    drawn = draw_conversations(source, split=split, seed=seed)
     rows = list(itertools.islice(drawn, examples))
     return rows, f'{source}: {len(rows)} {split} questions drawn'
   reader = RowReader(source, columns)

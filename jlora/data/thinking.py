@@ -2,7 +2,6 @@
 
 import dataclasses
 import re
-from collections.abc import Iterable
 
 from jlora.data.conversations import Conversation, Message
 from jlora.data.turns import THINKING
@@ -13,29 +12,24 @@ KEEP = ('keep', 'drop')
 _BLOCK = re.compile(r'\s*<think>.*?</think>\s*', re.DOTALL)
 
 
-def without_thinking(
-  conversations: Iterable[Conversation],
-) -> tuple[list[Conversation], int]:
-  """Returns conversations without what is thought, and from how many turns.
+def without_thinking(conversation: Conversation) -> tuple[Conversation, int]:
+  """Returns a conversation without what is thought, and from how many turns.
 
   That is a `<think>` block with which an answer begins, and the fields that
   hold the same apart from the content.
 
   Args:
-    conversations: What is trained on or held out.
+    conversation: What is trained on or held out.
 
   Raises:
     DataError: A turn holds nothing else; with its row.
   """
-  kept, dropped = [], 0
-  for conversation in conversations:
-    messages = tuple(
-      _without(message, conversation.where) for message in conversation.messages
-    )
-    pairs = zip(messages, conversation.messages, strict=True)
-    dropped += sum(new != old for new, old in pairs)
-    kept.append(dataclasses.replace(conversation, messages=messages))
-  return kept, dropped
+  messages = tuple(
+    _without(message, conversation.where) for message in conversation.messages
+  )
+  pairs = zip(messages, conversation.messages, strict=True)
+  dropped = sum(new != old for new, old in pairs)
+  return dataclasses.replace(conversation, messages=messages), dropped
 
 
 def _without(message: Message, where: str) -> Message:

@@ -140,11 +140,11 @@ def test_sources_are_mixed_by_weight_and_it_is_said(tokenizer, write):
   b = write(*rows(*(f'b{i}' for i in range(20))), name='b.jsonl')
   data = prepare(((a, 3), (b, 1)), None, tokenizer, max_length=99)
   assert (len(data.train), len(data.eval)) == (45, 5)
-  assert data.mixture.counts == (27, 9)
+  assert data.order.counts == (27, 9)
   assert f'{a}: 27 of 27 examples an epoch, 75.0% of it' in data.report.notes
   assert f'{b}: 9 of 18 examples an epoch, 25.0% of it' in data.report.notes
   all_of = prepare(((a, None), (b, None)), None, tokenizer, max_length=99)
-  assert all_of.mixture.counts == (27, 18)
+  assert all_of.order.counts == (27, 18)
 
 
 def test_tasks_and_files_mix(tokenizer, write):
@@ -153,7 +153,7 @@ def test_tasks_and_files_mix(tokenizer, write):
   data = prepare(
     sources, None, tokenizer, max_length=256, train_examples=20, eval_examples=8
   )
-  assert data.mixture.counts == (10, 10)
+  assert data.order.counts == (10, 10)
   assert [c.task for c in data.eval_conversations] == ['gcd'] * 4 + [None] * 3
   assert data.score is None
 
