@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 from collections.abc import Mapping, Sequence
+from concurrent import futures
 from typing import Any
 
 import numpy as np
@@ -53,8 +54,20 @@ class Place:
     )
 
 
+@dataclasses.dataclass(frozen=True)
+class _Block:
+  """Examples, the rows of each step, and where the block begins and ends."""
+
+  place: Place
+  after: Place
+  examples: list[Example]
+  batches: list[list[list[int]]]
+
+
 class StreamLoader:
   """Gives the batch of any step; going on to the next step is cheap.
+
+  While the steps of a block are made, a thread makes the next block.
 
   The rows of a block are spread evenly over its steps, so that none is nearly
   empty; rows that are missing in a batch stay empty.
@@ -92,9 +105,9 @@ class StreamLoader:
     nowhere = tuple(0 for _ in streams)
     origin = Place(0, 0, nowhere, tuple((0, 0) for _ in streams))
     self._places = [origin]  # of the blocks that are known, ascending
-    self._current: Place | None = None
-    self._examples: list[Example] = []
-    self._batches: list[list[list[int]]] = []
+    self._block: _Block | None = None
+    self._ahead: tuple[Place, futures.Future[_Block]] | None = None
+    self._thread = futures.ThreadPoolExecutor(1)  # starts when it is needed
 
   def batch(self, step: int, rows: slice = slice(None)) -> Batch:
     """Returns the batch of a step, or some of its rows.
@@ -111,7 +124,7 @@ class StreamLoader:
     """
     wanted = range(self.batch_size)[rows]
     return make_batch(
-      [[self._examples[i] for i in row] for row in self._rows_of(step)[rows]],
+      self._rows_of(step)[rows],
       batch_size=len(wanted),
       max_length=self.max_length,
     )
@@ -122,13 +135,12 @@ class StreamLoader:
     Args:
       step: Counts from zero.
     """
-    rows = self._rows_of(step)
-    return sum(self._examples[i].places for row in rows for i in row)
+    return sum(e.places for row in self._rows_of(step) for e in row)
 
   def first_block(self) -> list[Example]:
     """Returns the examples of the first block, in the order of the sources."""
     self._load(self._places[0])
-    return self._examples
+    return self._block.examples
 
   def state(self, step: int) -> dict[str, Any]:
     """Returns what `seek` needs to go on with a step, as JSON values.
@@ -164,41 +176,53 @@ class StreamLoader:
     at = bisect.bisect_right(self._places, step, key=lambda place: place.step)
     return self._places[at - 1]
 
-  def _rows_of(self, step: int) -> list[list[int]]:
+  def _rows_of(self, step: int) -> list[list[Example]]:
     if step < 0:
       raise DataError(f'step {step} is negative; steps count from zero')
     self._load(self._place_of(step))
-    while step >= self._current.step + len(self._batches):
-      self._load(self._places[self._places.index(self._current) + 1])
-    return self._batches[step - self._current.step]
+    while step >= self._block.after.step:
+      self._load(self._block.after)
+    if self._ahead is None:
+      after = self._block.after
+      self._ahead = after, self._thread.submit(self._make, after)
+    rows = self._block.batches[step - self._block.place.step]
+    return [[self._block.examples[i] for i in row] for row in rows]
 
   def _load(self, place: Place) -> None:
-    """Takes, shuffles and packs the examples of a block."""
-    if place == self._current:
+    """Makes a block the current one."""
+    if self._block is not None and self._block.place == place:
       return
+    ahead, self._ahead = self._ahead, None
+    if ahead is not None:
+      futures.wait([ahead[1]])  # it moves the sources
+    made = ahead is not None and ahead[0] == place
+    self._block = ahead[1].result() if made else self._make(place)
+    if self._block.after not in self._places:
+      bisect.insort(
+        self._places, self._block.after, key=lambda known: known.step
+      )
+
+  def _make(self, place: Place) -> _Block:
+    """Takes, shuffles and packs the examples of a block."""
     for stream, position in zip(self._streams, place.positions, strict=True):
       stream.seek(position)
     taken = list(place.taken)
-    self._current = None  # should a row be malformed
-    self._examples = [self._take(taken) for _ in range(self._buffer)]
-    bits = np.random.Philox(key=[self._seed, place.block])
+    examples = [self._take(taken) for _ in range(self._buffer)]
     rows = shuffled_rows(
-      np.array([example.places for example in self._examples]),
+      np.array([example.places for example in examples]),
       np.arange(self._buffer),
-      bits,
+      np.random.Philox(key=[self._seed, place.block]),
       self.max_length,
       self._pack,
     )
-    self._batches = _spread(rows, self.batch_size)
-    self._current = place
+    batches = _spread(rows, self.batch_size)
     after = Place(
-      place.step + len(self._batches),
+      place.step + len(batches),
       place.block + 1,
       tuple(taken),
       tuple(stream.position for stream in self._streams),
     )
-    if after not in self._places:
-      bisect.insort(self._places, after, key=lambda known: known.step)
+    return _Block(place, after, examples, batches)
 
   def _take(self, taken: list[int]) -> Example:
     """Takes an example of the source that is furthest behind its share."""

@@ -1,5 +1,6 @@
 """Conversations as text, through the chat template of a base's tokenizer."""
 
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +115,21 @@ def said_in(text: str, tokenizer: Tokenizer) -> str:
 
 def is_closed(text: str, tokenizer: Tokenizer) -> bool:
   """Returns whether a text ends with a special token, but for spaces."""
-  added = tokenizer.added_tokens_decoder.values()
-  special = [token.content for token in added if token.special]
-  return text.rstrip().endswith((*special, *tokenizer.all_special_tokens))
+  return text.rstrip().endswith(special_tokens(tokenizer)[1])
+
+
+@functools.lru_cache(maxsize=8)
+def special_tokens(
+  tokenizer: Tokenizer,
+) -> tuple[frozenset[int], tuple[str, ...]]:
+  """Returns the ids and the texts of special tokens, one of which ends a turn.
+
+  A tokenizer lists thousands of added tokens anew whenever it is asked.
+
+  Args:
+    tokenizer: With all of its tokens.
+  """
+  added = tokenizer.added_tokens_decoder.items()
+  special = {id_: token.content for id_, token in added if token.special}
+  ids = frozenset((*special, *tokenizer.all_special_ids))
+  return ids, (*special.values(), *tokenizer.all_special_tokens)

@@ -17,7 +17,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from jlora.data.conversations import Conversation
-from jlora.data.templates import check_written, is_closed, render, said_in
+from jlora.data.templates import (
+  check_written,
+  is_closed,
+  render,
+  said_in,
+  special_tokens,
+)
 from jlora.errors import DataError
 
 if TYPE_CHECKING:
@@ -147,7 +153,7 @@ def _learn_turns(
   whole = render(conversation, messages, tokenizer)
   left = [k for k, message in enumerate(messages) if message.trained]
   left = left[-1:] if last_only else left
-  turns = {k: _Turn.of(conversation, k, tokenizer) for k in left}
+  turns = {k: _Turn.of(conversation, k, tokenizer, whole) for k in left}
   made, count = [], len(messages)
   while left:
     here = [k for k in left if whole.startswith(turns[k].said)]
@@ -171,11 +177,13 @@ class _Turn:
 
   @classmethod
   def of(
-    cls, conversation: Conversation, k: int, tokenizer: Tokenizer
+    cls, conversation: Conversation, k: int, tokenizer: Tokenizer, whole: str
   ) -> '_Turn':
     messages = conversation.messages
     given = render(conversation, messages[:k], tokenizer, header=True)
-    said = render(conversation, messages[: k + 1], tokenizer)
+    said = whole
+    if k < len(messages) - 1:
+      said = render(conversation, messages[: k + 1], tokenizer)
     if not said.startswith(given):
       where = f'{conversation.where}: ' if conversation.where else ''
       raise DataError(
@@ -195,10 +203,12 @@ def _mask(
   """
   tokens = _encode(whole, tokenizer)
   mask = np.zeros(len(tokens), bool)
-  ends = _ends(tokenizer)
+  ends = special_tokens(tokenizer)[0]
   for turn in turns:
     start = _common(_encode(turn.given, tokenizer), tokens)
-    stop = _common(_encode(turn.said, tokenizer), tokens)
+    stop = len(tokens)
+    if turn.said != whole:
+      stop = _common(_encode(turn.said, tokenizer), tokens)
     mask[start : _turn_end(tokens, start, stop, ends)] = True
   if ended and not (mask.any() and _last(tokens, mask) in ends):
     return _close(tokens, mask, tokenizer)
@@ -242,13 +252,6 @@ def _with_end(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   if len(tokens) and tokens[-1] == end:
     return tokens
   return np.append(tokens, np.int32(end))
-
-
-def _ends(tokenizer: Tokenizer) -> frozenset[int]:
-  """Returns the special tokens, one of which ends a turn."""
-  added = tokenizer.added_tokens_decoder
-  special = {id_ for id_, token in added.items() if token.special}
-  return frozenset(special | set(tokenizer.all_special_ids))
 
 
 def _common(a: np.ndarray, b: np.ndarray) -> int:
