@@ -237,6 +237,12 @@ def test_columns_are_pairs_however_they_are_given(value):
   assert config.from_json(spec.to_json()) == spec
 
 
+def test_fields_of_the_template_are_pairs():
+  spec = resolve(data={'template': "{'enable_thinking': False}"})
+  assert spec.data.template == (('enable_thinking', False),)
+  assert config.from_json(spec.to_json()) == spec
+
+
 @pytest.mark.parametrize('text', ["{'x'", '{[1]: 2}', "{'x'}", '[' * 500])
 def test_what_is_no_dict_says_how_to_write_one(text):
   with pytest.raises(ConfigError, match=r"such as {'NAME': VALUE}$"):

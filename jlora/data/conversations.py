@@ -35,6 +35,7 @@ class Conversation:
   Attributes:
     messages: The turns; the last is what the model should say.
     tools: Descriptions of tools that the model may call, as JSON schemas.
+    template: What else the chat template gets, such as `enable_thinking`.
     where: What names its row in a message; '' where it has none.
     task: The task whose verifier scores an answer; None where there is none.
     entry: What that verifier needs; nobody else reads it.
@@ -43,6 +44,9 @@ class Conversation:
   messages: tuple[Message, ...]
   tools: tuple[Mapping[str, Any], ...] = dataclasses.field(
     default=(), hash=False
+  )
+  template: Mapping[str, Any] = dataclasses.field(
+    default_factory=dict, hash=False
   )
   where: str = dataclasses.field(default='', compare=False)
   task: str | None = None

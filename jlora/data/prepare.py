@@ -12,6 +12,7 @@ from jlora.data.parts import Part, load_parts, separate
 from jlora.data.recipe import Made, Recipe
 from jlora.data.report import DataReport
 from jlora.data.stream_loader import StreamLoader
+from jlora.data.templates import notes_on
 from jlora.data.tokens import Example
 from jlora.errors import DataError
 
@@ -106,7 +107,7 @@ def prepare(
     examples,
     [*made, held_out],
     packing_efficiency(examples, max_length=recipe.max_length, pack=pack),
-    (*(n for part in parts for n in part.notes), *_mix(parts, mixture)),
+    _notes(parts, mixture, recipe),
     eval_examples=len(kept),
     duplicates=duplicates,
   )
@@ -152,6 +153,17 @@ def count(
     thoughts=sum(each.thoughts for each in made),
     duplicates=duplicates,
     notes=notes,
+  )
+
+
+def _notes(
+  parts: Sequence[Part], mixture: Mixture, recipe: Recipe
+) -> tuple[str, ...]:
+  fields = dict(recipe.template)
+  return (
+    *(note for part in parts for note in part.notes),
+    *_mix(parts, mixture),
+    *notes_on(recipe.tokenizer, fields),
   )
 
 

@@ -56,6 +56,7 @@ class Recipe:
     max_length: Places in a row.
     learn: See `tokens.tokenize`.
     thinking: 'keep' or 'drop': what is thought before an answer.
+    template: Pairs of a field and a value that the chat template gets.
     too_long: See `fitting.fit`.
     max_lost: The largest share of examples that 'cut' may take tokens from.
     vocab_size: Rows of the base's embedding; None does not check ids.
@@ -65,6 +66,7 @@ class Recipe:
   max_length: int
   learn: str = 'completions'
   thinking: str = 'keep'
+  template: tuple[tuple[str, Any], ...] = ()
   too_long: str = 'cut'
   max_lost: float = 0.1
   vocab_size: int | None = None
@@ -145,6 +147,8 @@ class Recipe:
     Args:
       conversation: As it was read.
     """
+    template = dict(self.template)
+    conversation = dataclasses.replace(conversation, template=template)
     if self.thinking == 'keep':
       return conversation, 0
     return without_thinking(conversation)

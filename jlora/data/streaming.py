@@ -12,6 +12,7 @@ from jlora.data.rows import Columns, columns_of
 from jlora.data.sources import held_out_source, is_task, load_conversations
 from jlora.data.stream_loader import StreamLoader
 from jlora.data.streams import SourceStream
+from jlora.data.templates import notes_on
 
 
 def prepare_stream(
@@ -53,7 +54,8 @@ def prepare_stream(
       of the first block is longer than a row.
   """
   by_share = shares(sources)
-  held, skips, notes = [], [], []
+  held, skips = [], []
+  notes = notes_on(recipe.tokenizer, dict(recipe.template))
   for (source, _), share in zip(sources, by_share, strict=True):
     rows, skip, note = _hold_out(
       source, eval_, portion(eval_examples, share), columns

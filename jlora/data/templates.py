@@ -1,19 +1,30 @@
 """Conversations as text, through the chat template of a base's tokenizer."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jinja2
 
+from jlora.core.targets import as_pairs
 from jlora.data.conversations import Conversation, Message
 from jlora.data.turns import THINKING
-from jlora.errors import DataError
+from jlora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast as Tokenizer
 else:
   Tokenizer = Any
+
+# What a template gets from jlora.
+_OWN = (
+  'add_generation_prompt',
+  'chat_template',
+  'conversation',
+  'messages',
+  'tokenize',
+  'tools',
+)
 
 
 def check_template(tokenizer: Tokenizer) -> None:
@@ -43,6 +54,12 @@ def check_written(conversation: Conversation, tokenizer: Tokenizer) -> None:
   template = str(tokenizer.chat_template)
   fields = {name for m in conversation.messages for name in m.more}
   calls = 'tool_calls' in fields and 'tool_calls'
+  for name in conversation.template:
+    if name not in template:
+      raise DataError(
+        f'the chat template does not read {name!r}, which data.template sets;'
+        ' leave it out'
+      )
   for name in filter(None, (conversation.tools and 'tools', calls)):
     if name not in template:
       raise DataError(
@@ -56,6 +73,42 @@ def check_written(conversation: Conversation, tokenizer: Tokenizer) -> None:
         " data.thinking='drop', or write it into the content, such as"
         ' <think>...</think>'
       )
+
+
+def make_fields(value: Any) -> tuple[tuple[str, Any], ...]:
+  """Returns what a config gives a template as pairs.
+
+  Args:
+    value: A mapping or pairs.
+
+  Raises:
+    ConfigError: It is something else, or names what jlora itself gives.
+  """
+  pairs = as_pairs(value, 'data.template')
+  for name, _ in pairs:
+    if not name.isidentifier() or name in _OWN:
+      raise ConfigError(
+        f'data.template sets {name!r}; it takes fields that the chat template'
+        " reads, such as {'enable_thinking': False}"
+      )
+  return pairs
+
+
+def notes_on(tokenizer: Tokenizer, fields: Collection[str]) -> list[str]:
+  """Returns what is worth knowing of a chat template, a sentence each.
+
+  Args:
+    tokenizer: With or without one.
+    fields: What it gets from the config.
+  """
+  template = str(getattr(tokenizer, 'chat_template', None))
+  if 'strftime_now' not in template or 'date_string' in fields:
+    return []
+  fix = "; data.template={'date_string': '26 Jul 2024'} fixes it"
+  return [
+    "the chat template writes today's date, so that the run cannot be"
+    f' continued tomorrow{fix if "date_string" in template else ""}'
+  ]
 
 
 def _at(conversation: Conversation) -> str:
@@ -72,7 +125,7 @@ def render(
   """Returns the text of the first turns of a conversation.
 
   Args:
-    conversation: Whose tools the template gets.
+    conversation: Whose tools and fields the template gets.
     messages: Its first turns.
     tokenizer: With its chat template.
     header: Whether an answer is opened after them.
@@ -87,6 +140,7 @@ def render(
       tools=list(conversation.tools) or None,
       tokenize=False,
       add_generation_prompt=header,
+      **conversation.template,
     )
   except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
     roles = ', '.join(message.role for message in messages)

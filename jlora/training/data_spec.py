@@ -6,6 +6,7 @@ from typing import Any
 from jlora.data.fitting import TOO_LONG
 from jlora.data.mixing import make_sources
 from jlora.data.rows import make_columns
+from jlora.data.templates import make_fields
 from jlora.data.thinking import KEEP
 from jlora.data.tokens import LEARN
 from jlora.errors import ConfigError
@@ -26,6 +27,8 @@ class DataSpec:
     learn: What is learned of a conversation: 'completions', what the assistant
       says; 'last', its last turn; 'all', whatever the chat template writes.
     thinking: 'keep' or 'drop': what is thought before an answer.
+    template: Pairs of a field and a value that the chat template gets, such as
+      `enable_thinking`.
     max_length: Tokens a row.
     too_long: What happens to conversations longer than a row: 'cut', 'drop' or
       'error'. Text is always split.
@@ -43,6 +46,7 @@ class DataSpec:
   columns: tuple[Any, ...] | str = ()
   learn: str = 'completions'
   thinking: str = 'keep'
+  template: tuple[Any, ...] | str = ()
   max_length: int = 256
   too_long: str = 'cut'
   stream: bool = False
@@ -57,6 +61,7 @@ class DataSpec:
       raise ConfigError('data.train is empty; name a data file or a source')
     object.__setattr__(self, 'train', make_sources(self.train))
     object.__setattr__(self, 'columns', make_columns(self.columns))
+    object.__setattr__(self, 'template', make_fields(self.template))
     if self.max_length < 2:
       raise ConfigError(
         f'data.max_length is {self.max_length}; it must be 2 tokens or more'

@@ -215,6 +215,7 @@ def load_data(spec: RunSpec, base: Base) -> Prepared:
     max_length=data.max_length,
     learn=data.learn,
     thinking=data.thinking,
+    template=data.template,
     too_long=data.too_long,
     vocab_size=base.config.vocab_size,
   )

@@ -5,6 +5,7 @@ import pytest
 
 from jlora.data.prepare import prepare as prepare_by
 from jlora.data.recipe import Recipe
+from jlora.data.tokens import prompt_tokens
 from jlora.errors import DataError
 
 
@@ -209,6 +210,20 @@ def test_conversations_that_a_template_divides_are_counted(
   assert (len(data.train), len(data.eval), data.report.divided) == (4, 2, 3)
   assert data.report.eval_examples == 1
   assert '3 conversations divided' in '\n'.join(data.report.lines())
+
+
+def test_held_out_prompts_get_the_fields_of_the_template(make_tokenizer, write):
+  template = (
+    "{% for m in messages %}{{ m['role'] + mark + m['content'] }}"
+    "{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' + mark }}{% endif %}"
+  )
+  tokenizer = make_tokenizer(template)
+  data = prepare(
+    chats(write), None, tokenizer, max_length=99, template=(('mark', '='),)
+  )
+  (held,) = data.eval_conversations
+  assert tokenizer.decode(prompt_tokens(held, tokenizer)).endswith('assistant=')
 
 
 def test_a_conversation_that_is_too_long_is_named(tokenizer, write):

@@ -14,9 +14,9 @@ import transformers
 from tokenizers import decoders, models, pre_tokenizers
 
 from jlora.data.conversations import Conversation, Message
-from jlora.data.templates import check_written
+from jlora.data.templates import check_written, make_fields, notes_on
 from jlora.data.tokens import prompt_tokens, tokenize
-from jlora.errors import DataError
+from jlora.errors import ConfigError, DataError
 
 # Qwen/Qwen2.5-7B-Instruct and others, without its default system turn.
 CHATML = """\
@@ -104,7 +104,9 @@ QWEN3 = """\
   + m.content + '\\n</tool_response><|im_end|>\\n' }}
 {%- else %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}
 {%- endif %}{% endfor %}
-{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
+{%- if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}
+{%- if enable_thinking is defined and not enable_thinking %}
+{{- '<think>\\n\\n</think>\\n\\n' }}{% endif %}{% endif %}"""
 
 ENDS = {  # bos, eos, other special tokens, tokens that are none
   CHATML: (None, '<|im_end|>', ['<|im_start|>'], []),
@@ -352,6 +354,43 @@ def test_thoughts_are_learned_where_the_template_keeps_them(tokenizer_of):
     '<|im_start|>user\nWhy?<|im_end|>\n<|im_start|>assistant\n'
     '⟦<think>\nHm.\n</think>\n\nSo.<|im_end|>⟧\n'
   )
+
+
+def test_a_field_of_the_template_moves_what_is_given(tokenizer_of):
+  tokenizer = tokenizer_of(QWEN3)
+  fields = {'enable_thinking': False}
+  chat = Conversation(CHAT[:2], template=fields)
+  (example,) = tokenize(chat, tokenizer)
+  assert marked(example, tokenizer) == (
+    '<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n'
+    '<think>\n\n</think>\n\n⟦Yo é<|im_end|>⟧\n'
+  )
+  assert tokenizer.decode(prompt_tokens(chat, tokenizer)).endswith(
+    '</think>\n\n'
+  )
+  with pytest.raises(DataError, match=r"does not read 'enable_thinking'"):
+    tokenize(chat, tokenizer_of(CHATML))
+
+
+def test_a_template_that_writes_the_date_is_said():
+  class Dated:
+    chat_template = '{{ date_string or strftime_now("%d %b %Y") }}'
+
+  assert "today's date" in notes_on(Dated(), ())[0]
+  assert notes_on(Dated(), ('date_string',)) == []
+
+
+@pytest.mark.parametrize(
+  ('value', 'message'),
+  [
+    ({'tools': []}, "data.template sets 'tools'"),
+    ({'a b': 1}, "data.template sets 'a b'"),
+    (3, 'data.template is 3'),
+  ],
+)
+def test_wrong_fields_of_a_template_are_refused(value, message):
+  with pytest.raises(ConfigError, match=message):
+    make_fields(value)
 
 
 def test_thoughts_between_calls_stay_in_one_example(tokenizer_of):
