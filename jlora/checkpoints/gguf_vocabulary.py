@@ -178,8 +178,9 @@ def _check(
   tokenizer: 'PreTrainedTokenizerBase', metadata: Mapping[str, Any]
 ) -> None:
   """Compares the tokenizer with what is read again."""
-  arrays = {k: np.asarray(metadata[k]) for k in (f'{KEY}.token_type',)}
-  again = from_gguf({**metadata, **arrays})
+  arrays = (f'{KEY}.scores', f'{KEY}.token_type')
+  as_read = {k: np.asarray(metadata[k]) for k in arrays if k in metadata}
+  again = from_gguf({**metadata, **as_read})
   if (found := again.encode(SAMPLE)) != (ids := tokenizer.encode(SAMPLE)):
     at = next(
       (i for i, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b),
