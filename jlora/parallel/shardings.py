@@ -154,7 +154,8 @@ class Shardings:
     return tuple(name for name in names if name not in ROWS)
 
   def _constrain(self, array: jax.Array, cuts: Cuts) -> jax.Array:
-    """Returns an array [..., in, out] that is cut as said."""
+    """Returns an array [..., in, out] whose last axes are cut as said."""
+    cuts = (*((),) * (array.ndim - len(cuts)), *cuts)
     sharding = self._named(self._even(cuts, array.shape))
     return jax.lax.with_sharding_constraint(array, sharding)
 
