@@ -85,6 +85,10 @@ def _tokens(
   tokens = [f'[PAD{i}]' for i in range(rows)]
   types = [UNUSED] * rows
   for token, i in tokenizer.get_vocab().items():
+    if i >= rows:
+      raise ConfigError(
+        f'the token {token!r} has the id {i}, but the embedding has {rows} rows'
+      )
     tokens[i], types[i] = token, NORMAL
   for i, added in tokenizer.added_tokens_decoder.items():
     types[i] = CONTROL if added.special else USER_DEFINED

@@ -74,6 +74,12 @@ def test_rows_without_a_token_get_names_that_no_text_has(byte_level):
   assert 301 not in read(found).encode('[PAD301]')
 
 
+def test_a_token_without_a_row_is_refused(byte_level):
+  _, tokenizer = byte_level('qwen2')
+  with pytest.raises(ConfigError, match=r'has the id 299, but .* 299 rows'):
+    write_tokenizer(tokenizer, len(tokenizer) - 1)
+
+
 def test_three_ends_are_written_and_more_are_said(byte_level):
   _, tokenizer = byte_level('gpt-2')
   found = write_tokenizer(tokenizer, 300, (2, 7, 8))
