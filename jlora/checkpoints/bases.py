@@ -141,8 +141,8 @@ class Base:
   def describe(self) -> str:
     """Returns one line: the file, the family, the size and the precision."""
     return (
-      f'{self.model.title}: llama, {self.parameters:,} parameters,'
-      f' base = {self.model.precision}'
+      f'{self.model.title}: {self.config.family},'
+      f' {self.parameters:,} parameters, base = {self.model.precision}'
     )
 
 

@@ -18,6 +18,7 @@ from jlora.checkpoints.gguf_rope import (
   read_stretch,
   write_stretch,
 )
+from jlora.checkpoints.gguf_values import PATTERN, read_name, read_values
 from jlora.checkpoints.weights import check_sizes
 from jlora.errors import BaseModelError, ConfigError
 from jlora.models.config import DecoderConfig
@@ -27,7 +28,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 _EMBEDDING, _HEAD = 'token_embd.weight', 'output.weight'
 _ROTATED = 'rope.dimension_count'
-_PATTERN = 'attention.sliding_window_pattern'
+_VALUES = 'attention.value_length'
+_EXPERTS = 'expert_count'
 _WINDOW = 'attention.sliding_window'
 # Field of config.json whose size is checked -> field of DecoderConfig.
 _CHECKED = {
@@ -69,15 +71,11 @@ def read_metadata(
     BaseModelError: The architecture is not known, or uses a feature that this
       decoder does not compute; the key is named.
   """
-  name = _name_of(where, metadata)
+  name = read_name(where, metadata)
   architecture = ARCHITECTURES[name]
   if _EMBEDDING not in shapes:
     raise BaseModelError(f'{where} lacks the tensor {_EMBEDDING!r}')
-  values = {
-    key.removeprefix(f'{name}.'): _plain(value)
-    for key, value in metadata.items()
-    if key.startswith(f'{name}.')
-  }
+  values = read_values(where, metadata)
   fields = _read_fields(where, name, values)
   fields['vocab_size'] = shapes[_EMBEDDING][0]
   sizes = {theirs: fields.get(ours) for theirs, ours in _CHECKED.items()}
@@ -98,22 +96,7 @@ def read_metadata(
 
 def stretch_tensors(where: Any, metadata: Mapping[str, Any]) -> tuple[str, ...]:
   """Returns the names of tensors that are no weights, but say a stretch."""
-  return factor_names(ARCHITECTURES[_name_of(where, metadata)])
-
-
-def _name_of(where: Any, metadata: Mapping[str, Any]) -> str:
-  name = metadata.get('general.architecture')
-  if name not in ARCHITECTURES:
-    known = ', '.join(map(repr, ARCHITECTURES))
-    raise BaseModelError(
-      f'{where} has the architecture {name!r}; this version reads {known}'
-    )
-  return name
-
-
-def _plain(value: Any) -> Any:
-  """Returns float32 metadata as the decimal that was rounded to it."""
-  return float(str(np.float32(value))) if isinstance(value, float) else value
+  return factor_names(ARCHITECTURES[read_name(where, metadata)])
 
 
 def _read_fields(
@@ -124,7 +107,7 @@ def _read_fields(
   found = {
     field: values[key]
     for field, key in architecture.keys.items()
-    if key in values and not (np.isscalar(values[key]) and not values[key])
+    if values.get(key)
   }
   needed = ['layers', 'embed_dim', 'heads', 'mlp_dim', 'norm_eps']
   needed += ['experts_per_token'] if 'experts' in found else []
@@ -156,11 +139,11 @@ def _check_features(
   where: Any, name: str, values: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> None:
   architecture, head_dim = ARCHITECTURES[name], fields['head_dim']
-  wanted = {'attention.value_length': head_dim}
+  wanted = {_VALUES: head_dim}
   if not architecture.part_rotated:
     wanted[_ROTATED] = head_dim
   if 'experts' not in architecture.keys:
-    wanted['expert_count'] = 0
+    wanted[_EXPERTS] = 0
   for key, value in wanted.items():
     if (found := values.get(key, value)) != value:
       raise BaseModelError(
@@ -185,11 +168,11 @@ def _layers(
   unrotated = tuple(layers[every - 1 :: every]) if every else ()
   local: tuple[int, ...] = ()
   if fields.get('sliding_window'):
-    period = values.get(_PATTERN, architecture.window)
-    if period == 'all':
-      local = tuple(layers)
-    elif isinstance(period, np.ndarray):  # says it of each layer
+    period = values.get(PATTERN, architecture.window)
+    if isinstance(period, np.ndarray):  # says it of each layer
       local = tuple(np.flatnonzero(period[: len(layers)]).tolist())
+    elif period == 'all':
+      local = tuple(layers)
     else:
       local = _local(len(layers), period)
   return {'local_layers': local, 'unrotated_layers': unrotated}
@@ -232,7 +215,7 @@ def write_metadata(
   }
   # An expert's width stands where the others have theirs, too.
   values['feed_forward_length'] = config.mlp_dim
-  values['attention.value_length'] = config.head_dim
+  values[_VALUES] = config.head_dim
   values['vocab_size'] = config.vocab_size
   if 'rope_theta' in architecture.keys:
     values[_ROTATED] = int(config.head_dim * config.rotary_share)
@@ -241,7 +224,7 @@ def write_metadata(
     fit = (
       p for p in periods if _local(config.layers, p) == config.local_layers
     )
-    values[_PATTERN] = next(fit, architecture.window)
+    values[PATTERN] = next(fit, architecture.window)
   keys, factors = write_stretch(config, architecture)
   values = {key: value for key, value in (values | keys).items() if value}
   if architecture.window == 'all':

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints.architectures import Architecture
+from jlora.checkpoints.gguf_values import STRETCH
 from jlora.errors import BaseModelError
 from jlora.models import rotary
 from jlora.models.config import DecoderConfig
@@ -38,7 +39,7 @@ _KEYS = {
 }
 _KINDS = {'linear': LinearScaling, 'yarn': YarnScaling}
 # Keys that would change what is computed, with the values that do not.
-NEUTRAL = {
+_NEUTRAL = {
   'rope.scale_linear': 1,
   _AMPLITUDE: 1,
   _PREFIX + 'yarn_attn_factor': 1,
@@ -73,13 +74,13 @@ def read_stretch(
     return _read_llama3(where, config, values, factors[_LLAMA3])
   if factors.keys() >= set(_LONG):
     return _read_long(config, values, factors)
-  _refuse_others(where, values, NEUTRAL)
-  kind = values.get(_PREFIX + 'type', 'none')
+  _refuse_others(where, values, _NEUTRAL)
+  kind = values.get(STRETCH, 'none')
   if kind == 'none':
     return None
   if kind not in _KINDS:
     raise BaseModelError(
-      f'{where} has {_PREFIX}type={kind!r}, which this decoder does not'
+      f'{where} has {STRETCH}={kind!r}, which this decoder does not'
       f' compute; it knows {", ".join(map(repr, ("none", *_KINDS)))}'
     )
   make = _KINDS[kind]
@@ -111,7 +112,7 @@ def _read_llama3(
   divisors: np.ndarray,
 ) -> Llama3Scaling:
   """Recognizes Llama 3's stretch in its divisors."""
-  _refuse_others(where, values, {**NEUTRAL, _PREFIX + 'type': 'none'})
+  _refuse_others(where, values, {**_NEUTRAL, STRETCH: 'none'})
   scaling = Llama3Scaling(
     factor=float(str(divisors.max())),
     original_max_positions=values.get(
@@ -173,7 +174,7 @@ def write_stretch(
     return keys, dict(zip(_LONG, arrays, strict=True))
   if type(scaling) not in _KINDS.values():
     return {}, {}
-  keys = {_PREFIX + 'type': scaling.KIND}
+  keys = {STRETCH: scaling.KIND}
   for name, value in dataclasses.asdict(scaling).items():
     if name in _KEYS:
       whole = name == 'original_max_positions'

@@ -85,6 +85,10 @@ def _tokens(
   tokens = [f'[PAD{i}]' for i in range(rows)]
   types = [UNUSED] * rows
   for token, i in tokenizer.get_vocab().items():
+    if i >= rows:
+      raise ConfigError(
+        f'the token {token!r} has the id {i}, but the embedding has {rows} rows'
+      )
     tokens[i], types[i] = token, NORMAL
   for i, added in tokenizer.added_tokens_decoder.items():
     types[i] = CONTROL if added.special else USER_DEFINED
@@ -178,8 +182,9 @@ def _check(
   tokenizer: 'PreTrainedTokenizerBase', metadata: Mapping[str, Any]
 ) -> None:
   """Compares the tokenizer with what is read again."""
-  arrays = {k: np.asarray(metadata[k]) for k in (f'{KEY}.token_type',)}
-  again = from_gguf({**metadata, **arrays})
+  arrays = (f'{KEY}.scores', f'{KEY}.token_type')
+  as_read = {k: np.asarray(metadata[k]) for k in arrays if k in metadata}
+  again = from_gguf({**metadata, **as_read})
   if (found := again.encode(SAMPLE)) != (ids := tokenizer.encode(SAMPLE)):
     at = next(
       (i for i, (a, b) in enumerate(zip(found, ids, strict=False)) if a != b),

@@ -13,6 +13,7 @@ from jlora.checkpoints.gguf import GgufFile
 from jlora.checkpoints.gguf_config import read_metadata, stretch_tensors
 from jlora.checkpoints.gguf_layout import Layout, Place, rotary_rows
 from jlora.checkpoints.weights import Index, check_tensors
+from jlora.errors import BaseModelError
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
@@ -39,6 +40,11 @@ class GgufModel:
     self.file = GgufFile(path)
     shapes = {name: info.shape for name, info in self.file.tensors.items()}
     metadata = self.file.metadata
+    if (parts := metadata.get('split.count', 1)) != 1:
+      raise BaseModelError(
+        f'{path} is one of {parts} parts of a model; join them with'
+        ' `llama-gguf-split --merge` of llama.cpp'
+      )
     factors = {
       name: self.file.read(name)
       for name in stretch_tensors(path, metadata)

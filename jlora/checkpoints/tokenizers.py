@@ -40,6 +40,7 @@ def from_gguf(metadata: Mapping[str, Any]) -> 'PreTrainedTokenizerFast':
   """
   from transformers import PreTrainedTokenizerFast
 
+  _check_types(metadata)
   tokens = _tokens(metadata)
   special = _special_tokens(metadata, tokens)
   kind = metadata.get(f'{KEY}.model')
@@ -63,6 +64,28 @@ def from_gguf(metadata: Mapping[str, Any]) -> 'PreTrainedTokenizerFast':
     clean_up_tokenization_spaces=False,
     **special,
   )
+
+
+def _check_types(metadata: Mapping[str, Any]) -> None:
+  wanted = {
+    'tokenizer.chat_template': str,
+    f'{KEY}.add_bos_token': bool,
+    f'{KEY}.add_eos_token': bool,
+    f'{KEY}.add_space_prefix': bool,
+    f'{KEY}.merges': list,
+    f'{KEY}.model': str,
+    f'{KEY}.pre': str,
+    f'{KEY}.scores': np.ndarray,
+    f'{KEY}.token_type': np.ndarray,
+    f'{KEY}.tokens': list,
+    **{f'{KEY}.{key}_token_id': int for key in SPECIAL.values()},
+  }
+  for key, kind in wanted.items():
+    if key in metadata and type(metadata[key]) is not kind:
+      raise BaseModelError(
+        f'the GGUF file has {key}={metadata[key]!r:.80}, which must be of the'
+        f' type {kind.__name__}'
+      )
 
 
 def _tokens(metadata: Mapping[str, Any]) -> list[str]:

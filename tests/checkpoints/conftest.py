@@ -164,8 +164,8 @@ def pieces_of_text():
   return {
     f'{key}.model': 'llama',
     f'{key}.tokens': tokens,
-    f'{key}.scores': scores,
-    f'{key}.token_type': types,
+    f'{key}.scores': np.asarray(scores, np.float32),
+    f'{key}.token_type': np.asarray(types, np.int32),
     f'{key}.bos_token_id': 1,
     f'{key}.eos_token_id': 2,
     f'{key}.unknown_token_id': 0,

@@ -14,7 +14,11 @@ KEY = 'tokenizer.ggml'
 
 def read(metadata):
   """Reads metadata as it comes out of a file."""
-  arrays = {k: np.asarray(v) for k, v in metadata.items() if 'type' in k}
+  arrays = {
+    k: np.asarray(v)
+    for k, v in metadata.items()
+    if k in (f'{KEY}.scores', f'{KEY}.token_type')
+  }
   return tokenizers.from_gguf({**metadata, **arrays})
 
 
@@ -70,6 +74,12 @@ def test_rows_without_a_token_get_names_that_no_text_has(byte_level):
   assert 301 not in read(found).encode('[PAD301]')
 
 
+def test_a_token_without_a_row_is_refused(byte_level):
+  _, tokenizer = byte_level('qwen2')
+  with pytest.raises(ConfigError, match=r'has the id 299, but .* 299 rows'):
+    write_tokenizer(tokenizer, len(tokenizer) - 1)
+
+
 def test_three_ends_are_written_and_more_are_said(byte_level):
   _, tokenizer = byte_level('gpt-2')
   found = write_tokenizer(tokenizer, 300, (2, 7, 8))
@@ -87,7 +97,8 @@ def test_pieces_are_merged_again_in_the_same_order(prefix, pieces_of_text):
   assert found[f'{KEY}.add_space_prefix'] == prefix
   assert found[f'{KEY}.tokens'] == metadata[f'{KEY}.tokens']
   # The unknown token became a special one.
-  assert found[f'{KEY}.token_type'][1:] == metadata[f'{KEY}.token_type'][1:]
+  types = metadata[f'{KEY}.token_type'].tolist()
+  assert found[f'{KEY}.token_type'][1:] == types[1:]
   again = read(found)
   for text in spaced(100):
     assert again.encode(text) == tokenizer.encode(text)

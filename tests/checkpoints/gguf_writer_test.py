@@ -10,11 +10,19 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from jlora.checkpoints.bases import open_base
 from jlora.checkpoints.gguf_writer import plan_gguf, save_gguf
 from jlora.checkpoints.llama_cpp import GgufModel
-from jlora.checkpoints.weights import load_params
+from jlora.checkpoints.weights import load_params, stored_shapes
 from jlora.core.tree import leaves_by_path
 from jlora.errors import CheckpointError, ConfigError
 from jlora.models.decoder import Decoder
-from tests.decoders import CONFIG, MOE, ROWS, assert_near, make_params, stored
+from tests.decoders import (
+  CONFIG,
+  MOE,
+  PHI,
+  ROWS,
+  assert_near,
+  make_params,
+  stored,
+)
 
 # Rows of the table of families that GGUF cannot express, and why.
 REFUSED = {
@@ -51,8 +59,30 @@ OWN = {
   },
 }
 WRITTEN = [*(row for row in ROWS if row not in REFUSED), *OWN]
-# Of those that transformers reads whole, with neither biases nor stretches.
-READ_BY_TRANSFORMERS = ['llama untied', 'qwen2', 'gpt2 of usual width']
+# Of these, transformers knows everything: it takes some sizes for given.
+GEMMA = {'head_dim': 256, 'query_scalar': 256, 'heads': 2, 'kv_heads': 1}
+READ_BY_TRANSFORMERS = {
+  'llama': ROWS['llama untied'],
+  'qwen2': ROWS['qwen2'],
+  'qwen3': {**ROWS['qwen3'], 'head_dim': 128},
+  'qwen3_moe': {**OWN['qwen3_moe normalized'], 'mlp_dim': 768},
+  'phi3': PHI,
+  'gemma2': {
+    **ROWS['gemma2'],
+    **GEMMA,
+    'attention_cap': 50.0,
+    'logit_cap': 30.0,
+  },
+  'gemma3_text': {
+    **ROWS['gemma3_text'],
+    **GEMMA,
+    'layers': 6,
+    'local_layers': (0, 1, 2, 3, 4),
+    'local_rope_theta': 1e4,
+    'rope_scaling': None,
+  },
+  'gpt2': OWN['gpt2 of usual width'],
+}
 
 
 def config_of(row):
@@ -72,7 +102,10 @@ def tokenizer():
   backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
   backend.decoder = decoders.ByteLevel()
   return transformers.PreTrainedTokenizerFast(
-    tokenizer_object=backend, bos_token='<s>', eos_token='</s>'
+    tokenizer_object=backend,
+    bos_token='<s>',
+    eos_token='</s>',
+    pad_token='</s>',
   )
 
 
@@ -111,27 +144,47 @@ def test_what_is_read_again_is_what_was_written(row, written):
     np.testing.assert_array_equal(found[name], leaf)
 
 
+@pytest.mark.parametrize(
+  'row', ['llama biases', 'gpt2', 'mixtral whole', 'gemma2 scaled by width']
+)
+def test_a_part_of_a_tensor_is_that_of_the_whole(row, written):
+  model, rng = GgufModel(written(row)[0]), np.random.default_rng(0)
+  for name, shape in stored_shapes(model.config).items():
+    whole = model.read(name, np.float16)
+    assert (whole.shape, whole.dtype) == (shape, np.float16)
+    ends = (sorted(rng.integers(0, size + 1, 2)) for size in shape)
+    index = tuple(slice(*pair) for pair in ends)
+    part = model.read(name, np.float16, index)
+    np.testing.assert_array_equal(part, whole[index])
+
+
 @pytest.mark.parametrize('row', REFUSED)
 def test_what_gguf_cannot_express_is_refused_by_name(row, tokenizer):
   with pytest.raises(ConfigError, match=REFUSED[row]):
     plan_gguf(config_of(row), tokenizer)
 
 
-@pytest.mark.parametrize('row', READ_BY_TRANSFORMERS)
-def test_transformers_computes_the_same_logits(row, written):
+@pytest.mark.parametrize('family', READ_BY_TRANSFORMERS)
+def test_transformers_computes_the_same_logits(
+  family, tokenizer, quick_jit, tmp_path
+):
   torch = pytest.importorskip('torch')
   from transformers import AutoModelForCausalLM
 
-  path, params = written(row)
-  config = config_of(row)
+  config = dataclasses.replace(
+    CONFIG, family=family, **READ_BY_TRANSFORMERS[family]
+  )
+  params = make_params(config)
+  save_gguf(tmp_path / 'x.gguf', plan_gguf(config, tokenizer, 'F32'), params)
   tokens = np.arange(40)[None] * 7 % config.vocab_size
-  found = Decoder(config).apply({'params': params}, jnp.asarray(tokens))
+  apply = quick_jit(Decoder(config).apply)
+  found = apply({'params': params}, jnp.asarray(tokens))
   oracle = AutoModelForCausalLM.from_pretrained(
-    path.parent, gguf_file=path.name, dtype=torch.float32
+    tmp_path, gguf_file='x.gguf', dtype=torch.float32
   )
   with torch.no_grad():
     expected = oracle(torch.tensor(tokens)).logits.numpy()
-  assert_near(found, expected)
+  assert_near(np.asarray(found), expected)
 
 
 def test_every_layer_without_rotation_is_known_by_its_place(tokenizer):

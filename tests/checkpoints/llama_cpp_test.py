@@ -1,5 +1,6 @@
 import dataclasses
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -100,6 +101,16 @@ def test_a_window_that_llama_cpp_leaves_out_is_said(
   path = write_gguf(tmp_path / 'x.gguf', keys=keys)
   with pytest.warns(UserWarning, match='sliding_window=32, which llama.cpp'):
     assert GgufModel(path).config == tiny_config
+
+
+def test_a_part_of_a_model_is_refused_with_how_to_join_them(tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / 'x.gguf', 'llama')
+  writer.add_uint16('split.count', 3)
+  for step in ('header', 'kv_data', 'tensors'):
+    getattr(writer, f'write_{step}_to_file')()
+  writer.close()
+  with pytest.raises(BaseModelError, match=r'one of 3 parts.*--merge'):
+    GgufModel(tmp_path / 'x.gguf')
 
 
 def test_another_architecture_is_refused(write_gguf, tmp_path):

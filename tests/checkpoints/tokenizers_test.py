@@ -108,10 +108,11 @@ def oracle_of(metadata, architecture, folder):
 
   writer = gguf.GGUFWriter(folder / 'x.gguf', architecture)
   for key, value in metadata.items():
-    add = writer.add_array if isinstance(value, list) else None
+    if isinstance(value, list | np.ndarray):
+      writer.add_array(key, np.asarray(value).tolist())
+      continue
     kinds = {str: 'string', bool: 'bool', int: 'uint32'}
-    add = add or getattr(writer, f'add_{kinds[type(value)]}')
-    add(key, value)
+    getattr(writer, f'add_{kinds[type(value)]}')(key, value)
   for step in ('header', 'kv_data', 'tensors'):
     getattr(writer, f'write_{step}_to_file')()
   writer.close()
@@ -164,6 +165,20 @@ def test_pieces_without_a_score_each_are_refused(pieces_of_text):
   metadata = {**pieces_of_text, 'tokenizer.ggml.scores': np.zeros(7)}
   with pytest.raises(BaseModelError, match=r'7 tokenizer.ggml.scores'):
     tokenizers.from_gguf(metadata)
+
+
+@pytest.mark.parametrize('value', ['x', 3, 10**9, -1, True, ['a'], [1.5]])
+def test_a_value_of_another_type_never_crashes(
+  value, pieces_of_text, write_gguf, tmp_path
+):
+  byte_level = GgufFile(write_gguf(tmp_path / 'x.gguf')).metadata
+  value = np.array(value) if value == [1.5] else value
+  for metadata in (pieces_of_text, byte_level):
+    for key in [k for k in metadata if k.startswith('tokenizer')]:
+      try:
+        tokenizers.from_gguf({**metadata, key: value})
+      except BaseModelError as error:
+        assert 'GGUF file' in str(error)  # noqa: PT017
 
 
 def test_text_is_composed_before_qwen_cuts_it(write_gguf, tmp_path):
