@@ -94,7 +94,7 @@ def _collect() -> list[str]:
     check=False,
   )
   if ended.returncode:
-    raise RuntimeError(ended.stdout + ended.stderr)
+    raise RuntimeError((ended.stdout + ended.stderr)[-2000:])
   return ended.stdout.splitlines()
 
 

@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from jlora.checkpoints.hf import HfModel, save_folder
+from jlora.checkpoints.hf import HfModel
+from jlora.checkpoints.model_folders import save_folder
 from jlora.checkpoints.tokenizers import from_folder as load_tokenizer
 from jlora.checkpoints.weights import load_params
 from jlora.models.decoder import Decoder
