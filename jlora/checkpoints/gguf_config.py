@@ -139,11 +139,14 @@ def _check_features(
   where: Any, name: str, values: Mapping[str, Any], fields: Mapping[str, Any]
 ) -> None:
   architecture, head_dim = ARCHITECTURES[name], fields['head_dim']
-  wanted = {_VALUES: head_dim}
+  wanted = {_VALUES: head_dim, 'expert_gating_func': 1}
   if not architecture.part_rotated:
     wanted[_ROTATED] = head_dim
   if 'experts' not in architecture.keys:
     wanted[_EXPERTS] = 0
+  rotated = values.get(_ROTATED, head_dim)
+  if rotated > head_dim or rotated % 2 or not rotated:
+    wanted[_ROTATED] = head_dim
   for key, value in wanted.items():
     if (found := values.get(key, value)) != value:
       raise BaseModelError(

@@ -73,7 +73,7 @@ def read_stretch(
   if _LLAMA3 in factors:
     return _read_llama3(where, config, values, factors[_LLAMA3])
   if factors.keys() >= set(_LONG):
-    return _read_long(config, values, factors)
+    return _read_long(where, config, values, factors)
   _refuse_others(where, values, _NEUTRAL)
   kind = values.get(STRETCH, 'none')
   if kind == 'none':
@@ -136,8 +136,20 @@ def _divisors(config: DecoderConfig) -> np.ndarray:
 
 
 def _read_long(
-  config: DecoderConfig, values: Mapping[str, Any], factors: Factors
+  where: Any,
+  config: DecoderConfig,
+  values: Mapping[str, Any],
+  factors: Factors,
 ) -> LongScaling:
+  pairs = len(rotary.frequencies(config))
+  for name in _LONG:
+    divisors = factors[name]
+    if divisors.shape != (pairs,) or not np.all(
+      (divisors > 0) & (divisors < np.inf)
+    ):
+      raise BaseModelError(
+        f'{where} has a tensor {name} that is not {pairs} positive numbers'
+      )
   short, long = (tuple(float(str(x)) for x in factors[name]) for name in _LONG)
   scaling = LongScaling(
     short_factor=short,

@@ -23,6 +23,7 @@ _NUMBERS = (
   'rope.scaling.yarn_attn_factor',
   'rope.scaling.yarn_log_multiplier',
 )
+_WHOLE = ('attention.sliding_window', 'rope.dimension_count')
 _POSITIVE = (
   'rope.scaling.attn_factor',
   'rope.scaling.factor',
@@ -73,6 +74,8 @@ def read_values(where: Any, metadata: Mapping[str, Any]) -> dict[str, Any]:
     if key in numbers and not _is_number(value, positive=key in _POSITIVE):
       sign = 'positive' if key in _POSITIVE else 'not negative'
       must = f'be a number that is {sign}'
+    elif key in _WHOLE and type(value) is not int:
+      must = 'be a whole number'
     elif key == PATTERN and not _is_pattern(value):
       must = 'be a positive whole number, or say it of each layer'
     elif key == STRETCH and not isinstance(value, str):

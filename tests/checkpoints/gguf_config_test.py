@@ -53,6 +53,28 @@ def test_a_missing_size_is_named(key):
     read_metadata('x', metadata, shapes)
 
 
+@pytest.mark.parametrize(
+  'bad', [np.ones(2), np.array([1, 0, 2.0]), np.ones((3, 1))]
+)
+def test_factors_of_other_pairs_are_refused(bad):
+  config = config_of('phi3 longrope')
+  shapes = Layout(config).shapes
+  metadata, factors = write_metadata(config, shapes)
+  factors['rope_factors_long.weight'] = bad.astype('f4')
+  with pytest.raises(BaseModelError, match='not 3 positive numbers'):
+    read_metadata('x', metadata, shapes, factors)
+
+
+@pytest.mark.parametrize('rotated', [0, 3, 10])
+def test_more_features_than_a_head_has_are_not_rotated(rotated):
+  config = config_of('phi3 partly rotated')
+  shapes = Layout(config).shapes
+  metadata, _ = write_metadata(config, shapes)
+  metadata['phi3.rope.dimension_count'] = rotated
+  with pytest.raises(BaseModelError, match=f'dimension_count={rotated}'):
+    read_metadata('x', metadata, shapes)
+
+
 def test_layers_with_a_window_may_be_listed():
   config = config_of('gemma3_text scaled by width')
   shapes = Layout(config).shapes

@@ -50,6 +50,7 @@ OWN = {
     'mlp_dim': 128,
     'max_positions': 1024,
   },
+  'gpt2 untied': {**ROWS['gpt2'], 'tie_embeddings': False},
   'mixtral whole': MOE,
   'qwen3_moe normalized': {**MOE, 'qk_norm': True},
   'smollm3 every fourth': {
