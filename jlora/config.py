@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from jlora.checkpoints.bases import DEFAULT_BASE, check_base
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
-from jlora.data.sources import check_source, is_task
+from jlora.data.sources import check_source, held_out_source, is_task
 from jlora.errors import ConfigError
 from jlora.training.optimizers import OptimSpec
 from jlora.training.run_spec import (
@@ -233,6 +233,9 @@ def check_sources(spec: RunSpec) -> None:
         f'data.train {source!r} has no end; set data.train_examples, such as'
         ' 2000'
       )
+    own = held_out_source(source) if spec.data.eval is None else None
+    if own is not None:
+      check_source(own, whole=not spec.data.stream)
   if spec.data.eval is not None:
     check_source(spec.data.eval, split='eval', whole=not spec.data.stream)
 

@@ -163,6 +163,10 @@ def test_a_value_of_the_wrong_type_is_refused(sections, message):
     ),
     ({'data': {'columns': {'ask': 'q'}}}, "reads 'q' as 'ask'"),
     ({'data': {'columns': 'prompt'}}, "data.columns is 'prompt'"),
+    (
+      {'data': {'columns': {'a.csv': {'text': 'b'}}}},
+      "names the source 'a.csv', which is none of .*my.jsonl",
+    ),
     ({'eval': {'every': 0}}, 'eval.every is 0'),
     ({'log': {'every': 0}}, 'log.every is 0'),
   ],
@@ -180,6 +184,16 @@ def test_every_source_is_checked(tmp_path):
     config.check_sources(spec)
   spec = resolve(data={'train': [str(there), 'reasoning_gym:gcd']})
   with pytest.raises(ConfigError, match=r'gcd.* set data\.train_examples'):
+    config.check_sources(spec)
+
+
+def test_valid_files_of_a_folder_are_checked(tmp_path):
+  for name in ('train', 'valid'):
+    (tmp_path / f'{name}.jsonl').write_text('{}\n')
+  spec = resolve(data={'train': str(tmp_path)})
+  config.check_sources(spec)
+  (tmp_path / 'valid.jsonl').write_bytes(b'{}\n\xe9')
+  with pytest.raises(DataError, match=r'valid\.jsonl:2: byte 0xe9'):
     config.check_sources(spec)
 
 

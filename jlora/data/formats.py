@@ -98,15 +98,11 @@ def _under(system: str, conversation: Conversation) -> Conversation:
   return dataclasses.replace(conversation, messages=messages)
 
 
-def _read_messages(row: Mapping[str, Any]) -> Conversation:
-  return Conversation(read_turns(row['messages'], 'messages'))
-
-
-def _read_sharegpt(row: Mapping[str, Any]) -> Conversation:
-  turns = row['conversations']
+def _read_chat(row: Mapping[str, Any], field: str) -> Conversation:
+  turns = row[field]
   if isinstance(turns, list):
     turns = [_as_turn(turn) for turn in turns]
-  return Conversation(read_turns(turns, 'conversations'))
+  return Conversation(read_turns(turns, field))
 
 
 def _as_turn(turn: Any) -> Any:
@@ -161,8 +157,16 @@ _FORMATS: dict[
     Callable[[Mapping[str, Any]], Conversation],
   ],
 ] = {
-  'messages': (('messages',), ('tools',), _read_messages),
-  'sharegpt': (('conversations',), ('system', 'tools'), _read_sharegpt),
+  'messages': (
+    ('messages',),
+    ('tools',),
+    lambda row: _read_chat(row, 'messages'),
+  ),
+  'sharegpt': (
+    ('conversations',),
+    ('system', 'tools'),
+    lambda row: _read_chat(row, 'conversations'),
+  ),
   'prompt/completion': (
     ('prompt', 'completion'),
     ('system', 'tools'),

@@ -109,7 +109,7 @@ class SourceStream:
         raise DataError(
           f'{self.source!r} gives no example to train on (rows held out:'
           f' {self._skip}, examples too long: {self.made.fit.dropped}); give'
-          ' more rows, raise data.max_length, or name data.eval'
+          ' more rows, lower data.eval_examples, or raise data.max_length'
         )
     example = self._pending.popleft()
     self._piece += 1

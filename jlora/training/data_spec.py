@@ -61,6 +61,7 @@ class DataSpec:
       raise ConfigError('data.train is empty; name a data file or a source')
     object.__setattr__(self, 'train', make_sources(self.train))
     object.__setattr__(self, 'columns', make_columns(self.columns))
+    self._check_columns()
     object.__setattr__(self, 'template', make_fields(self.template))
     if self.max_length < 2:
       raise ConfigError(
@@ -68,6 +69,15 @@ class DataSpec:
       )
     require('data', self, 'train_examples', 'eval_examples', 'shuffle_buffer')
     choose('data', self, learn=LEARN, thinking=KEEP, too_long=TOO_LONG)
+
+  def _check_columns(self) -> None:
+    known = [name for name, _ in self.sources] + [self.eval]
+    for name, column in self.columns:
+      if not isinstance(column, str) and name not in known:
+        raise ConfigError(
+          f'data.columns names the source {name!r}, which is none of'
+          f' data.train and data.eval: {known}'
+        )
 
   @property
   def sources(self) -> tuple[tuple[str, float | None], ...]:

@@ -164,6 +164,15 @@ def test_a_malformed_row_is_refused_with_its_value(row, message):
     read_row(row, 'messages')
 
 
+@pytest.mark.parametrize('field', ['messages', 'conversations'])
+@pytest.mark.parametrize('turns', [ROWS['sharegpt'], ROWS['messages']])
+def test_turns_are_read_by_their_own_fields(field, turns):
+  (turns,) = turns.values()
+  row = {field: turns}
+  conversation = read_row(row, detect_format(row))
+  assert [m.content for m in conversation.messages] == ['hi', 'yo']
+
+
 def test_an_unknown_speaker_is_named():
   row = {'conversations': [{'from': 'narrator', 'value': 'once'}]}
   with pytest.raises(ValueError, match="'from' 'narrator'; known are system"):
