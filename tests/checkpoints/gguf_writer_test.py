@@ -211,6 +211,19 @@ def test_each_weight_is_rounded_as_by_the_package(kind, written):
     assert found.file.tensors[found._layout.places[name].tensor].kind is own
 
 
+@pytest.mark.parametrize(
+  ('row', 'name'),
+  [
+    ('gpt2', 'position_embd.weight'),
+    ('mixtral whole', 'blk.1.ffn_gate_inp.weight'),
+  ],
+)
+def test_routers_and_positions_stay_exact(row, name, tokenizer):
+  kinds = plan_gguf(config_of(row), tokenizer, 'Q8_0').kinds
+  assert kinds[name] is gguf.GGMLQuantizationType.F32
+  assert kinds['token_embd.weight'] is gguf.GGMLQuantizationType.Q8_0
+
+
 def test_a_base_opens_with_its_tokenizer_and_its_ends(written, tokenizer):
   path, _ = written('llama')
   base = open_base(str(path))
