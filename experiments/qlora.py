@@ -20,6 +20,7 @@ def get_config():
     c.lora.rank = 16
     c.lora.alpha = 32.0  # the update is (alpha / rank) * a @ b
     c.lora.targets = 'all-linear'  # or 'attention', 'mlp', or path patterns
+    # Or a file, a folder, a hub id, or {'a.jsonl': 3, 'b.csv': 1} by weight.
     c.data.train = 'reasoning_gym:family_relationships'
     c.data.train_examples = 2000  # questions, some 73 tokens each
     c.data.eval_examples = 200  # other questions, held out

@@ -16,7 +16,7 @@ from ml_collections import config_dict
 from jlora.checkpoints.bases import DEFAULT_BASE, check_base
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
-from jlora.data.sources import check_source, is_task
+from jlora.data.sources import check_source, held_out_source, is_task
 from jlora.errors import ConfigError
 from jlora.training.optimizers import OptimSpec
 from jlora.training.run_spec import (
@@ -64,7 +64,9 @@ def _defaults(section: Any) -> ml_collections.ConfigDict:
   fields: dict[str, Any] = {}
   for field in dataclasses.fields(section):
     kind, default = _plain(hints[field.name]), field.default
-    if default in (None, dataclasses.MISSING):
+    if default is dataclasses.MISSING and hints[field.name] is not kind:
+      fields[field.name] = config_dict.placeholder(object)
+    elif default in (None, dataclasses.MISSING):
       fields[field.name] = config_dict.placeholder(kind)
     elif isinstance(default, str | tuple) and hints[field.name] is not str:
       # One pattern or several: a ConfigDict would hold on to the first type.
@@ -194,7 +196,8 @@ def _convert(field: str, value: Any, hint: Any) -> Any:
     return float(value)
   wanted = getattr(kind, '__name__', str(kind))
   if takes_tuple:
-    wanted = "a list such as ['a', 'b'], or a dict such as {'PATTERN': VALUE}"
+    wanted = "a list such as ['a', 'b'], or a dict such as {'NAME': VALUE}"
+    wanted = f'a name, {wanted}' if kind is str else wanted
   raise ConfigError(f'config.{field} is {value!r}; it takes {wanted}')
 
 
@@ -203,11 +206,11 @@ def _literal(field: str, text: str) -> Any:
   try:
     return ast.literal_eval(text)
   except (SyntaxError, ValueError, TypeError, MemoryError, RecursionError):
-    if field.endswith(('targets', 'exclude', 'train_full')):
-      return text  # a regular expression that starts with a group
+    if field.endswith(('targets', 'exclude', 'train_full', 'data.train')):
+      return text  # an expression that starts with a group, or a file's name
     raise ConfigError(
       f'config.{field} is {text!r}, which cannot be read; write a list such as'
-      " ['a', 'b'], or a dict such as {'PATTERN': VALUE}"
+      " ['a', 'b'], or a dict such as {'NAME': VALUE}"
     ) from None
 
 
@@ -222,14 +225,19 @@ def check_sources(spec: RunSpec) -> None:
     DataError: A source is missing or unknown.
   """
   check_base(spec.base)
-  for source in (spec.data.train, spec.data.eval):
-    if source is not None:
-      check_source(source)
-  if is_task(spec.data.train) and spec.data.train_examples is None:
-    raise ConfigError(
-      f'data.train {spec.data.train!r} has no end; set data.train_examples,'
-      ' such as 2000'
-    )
+  endless = spec.data.train_examples is None and not spec.data.stream
+  for source, _ in spec.data.sources:
+    check_source(source, whole=not spec.data.stream)
+    if is_task(source) and endless:
+      raise ConfigError(
+        f'data.train {source!r} has no end; set data.train_examples, such as'
+        ' 2000'
+      )
+    own = held_out_source(source) if spec.data.eval is None else None
+    if own is not None:
+      check_source(own, whole=not spec.data.stream)
+  if spec.data.eval is not None:
+    check_source(spec.data.eval, split='eval', whole=not spec.data.stream)
 
 
 def from_json(text: str) -> RunSpec:

@@ -7,6 +7,9 @@ r"""Writes what a run trained in a form that other programs open.
              float32 and written in --dtype. It computes what was trained.
              --into=original adds the update to the base's own weights, which
              is another function.
+--to=gguf    the same sum in one GGUF file that llama.cpp loads, with --dtype
+             F16, BF16, F32 or Q8_0, and norms in F32. What GGUF cannot say of
+             a model or a tokenizer is refused by name.
 --to=bnb4    the base in the 4-bit codes that were trained on, as bitsandbytes
              stores them, and the adapter for it in PATH-adapter. A base that is
              stored so already is copied. --requantize merges the adapter and
@@ -30,10 +33,13 @@ if TYPE_CHECKING:
 _RUN = flags.DEFINE_string('run', None, 'Run folder.')
 _BASE = flags.DEFINE_string('base', None, 'Base model, where there is no run.')
 _ADAPTER = flags.DEFINE_string('adapter', None, 'Adapter folder on the base.')
-_TO = flags.DEFINE_string('to', None, 'merged, bnb4 or peft.')
-_OUT = flags.DEFINE_string('out', None, 'Folder to write.')
+_TO = flags.DEFINE_string('to', None, 'merged, gguf, bnb4 or peft.')
+_OUT = flags.DEFINE_string('out', None, 'Folder, or GGUF file, to write.')
 _DTYPE = flags.DEFINE_string(
-  'dtype', 'bfloat16', 'Of weights: bfloat16, float16 or float32.'
+  'dtype',
+  None,
+  'Of weights: bfloat16 (the default), float16 or float32. Of a GGUF file: F16'
+  ' (the default), BF16, F32 or Q8_0.',
 )
 _INTO = flags.DEFINE_string(
   'into', 'trained', 'What --to=merged adds to: trained or original weights.'
@@ -50,16 +56,29 @@ _ANYWAY = flags.DEFINE_bool(
 _ANY_BASE = flags.DEFINE_bool(
   'allow_other_base', False, 'Accept an adapter that another base was part of.'
 )
+_FLOATS = ('bfloat16', 'float16', 'float32')  # the first is the default
 _CHOICES = {
-  'to': ('merged', 'bnb4', 'peft'),
-  'dtype': ('bfloat16', 'float16', 'float32'),
+  'to': ('merged', 'gguf', 'bnb4', 'peft'),
   'into': ('trained', 'original'),
 }
+_DTYPES = {
+  'merged': _FLOATS,
+  'gguf': ('F16', 'BF16', 'F32', 'Q8_0'),
+  'bnb4': _FLOATS,
+  'peft': _FLOATS,
+}
+# The same in GGUF's words.
+_KINDS = {'bfloat16': 'BF16', 'float16': 'F16', 'float32': 'F32'}
 
 
 def main() -> None:
   """Checks the flags, then writes."""
   _check_flags()
+  dtype, out = _read_dtype(_TO.value), pathlib.Path(_OUT.value)
+  if _TO.value == 'gguf':
+    from jlora.checkpoints.gguf_writer import check_gguf_path
+
+    check_gguf_path(out)
   from jlora import runs
   from jlora.checkpoints.shard_files import as_bytes
 
@@ -70,8 +89,7 @@ def main() -> None:
     _ADAPTER.value,
     allow_other_base=_ANY_BASE.value,
   )
-  out = pathlib.Path(_OUT.value)
-  for line in _write(tuned, out):
+  for line in _write(tuned, out, dtype):
     print(line)
   print(f'written to {out.absolute()}')
 
@@ -81,7 +99,7 @@ def _check_flags() -> None:
     if (value := flags.FLAGS[name].value) not in known:
       raise ConfigError(f'--{name} is {value!r}; use {", ".join(known)}')
   if not _OUT.value:
-    raise ConfigError('--out is missing; name the folder to write')
+    raise ConfigError('--out is missing; name what to write')
   for name, value, needs in (
     ('--into=original', _INTO.value == 'original', 'merged'),
     ('--requantize', _REQUANTIZE.value, 'bnb4'),
@@ -92,14 +110,28 @@ def _check_flags() -> None:
     raise ConfigError('--anyway goes with --requantize')
 
 
-def _write(tuned: 'Tuned', out: pathlib.Path) -> list[str]:
+def _read_dtype(to: str) -> str:
+  """Returns --dtype, or what is usual for a form."""
+  known = _DTYPES[to]
+  if _DTYPE.value is None:
+    return known[0]
+  words = _KINDS if to == 'gguf' else {}
+  dtype = words.get(_DTYPE.value, _DTYPE.value)
+  if dtype not in known:
+    raise ConfigError(f'--dtype is {_DTYPE.value!r}; use {", ".join(known)}')
+  return dtype
+
+
+def _write(tuned: 'Tuned', out: pathlib.Path, dtype: str) -> list[str]:
   """Writes, and returns what there is to say."""
   from jlora.inference import exports
 
-  files = exports.Files(dtype=_DTYPE.value, max_shard_size=_SHARD.value)
+  files = exports.Files(dtype=dtype, max_shard_size=_SHARD.value)
   if _TO.value == 'peft':
     exports.write_peft(tuned, out)
     return []
+  if _TO.value == 'gguf':
+    return [exports.write_gguf(tuned, out, dtype)]
   if _TO.value == 'merged':
     distance = exports.write_merged(tuned, out, files, into=_INTO.value)
     return [f'merged into the {_INTO.value} weights: {distance}']

@@ -55,7 +55,12 @@ def main() -> None:
     turns = [Message('user', _PROMPT.value), Message('assistant', '')]
     if _SYSTEM.value is not None:
       turns.insert(0, Message('system', _SYSTEM.value))
-    prompt = prompt_tokens(Conversation(tuple(turns)), tokenizer)
+    fields = (
+      dict(runs.load_spec(_RUN.value).data.template) if _RUN.value else {}
+    )
+    prompt = prompt_tokens(
+      Conversation(tuple(turns), template=fields), tokenizer
+    )
   tokens = stream(
     tuned.apply,
     tuned.params,

@@ -6,7 +6,7 @@ import sys
 import pytest
 
 from jlora import config
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, DataError
 
 EXPERIMENTS = pathlib.Path(__file__).parents[1] / 'experiments'
 SMALLEST = {'data': {'train': 'my.jsonl'}, 'train': {'steps': 3}}
@@ -118,7 +118,7 @@ def test_an_unknown_field_is_named_with_a_close_one(sections, message):
     ({'lora': {'alpha': '32'}}, "config.lora.alpha is '32'; it takes float"),
     ({'data': {'pack': 1}}, 'config.data.pack is 1; it takes bool'),
     ({'data': {'pack': 'yes'}}, "config.data.pack is 'yes'"),
-    ({'data': {'train': 3}}, 'config.data.train is 3; it takes str'),
+    ({'data': {'train': 3}}, 'config.data.train is 3; it takes a name, a list'),
     ({'lora': {'targets': 3}}, 'config.lora.targets is 3'),
     ({'seed': 'x'}, "config.seed is 'x'; it takes int"),
     ({'base': 3}, 'config.base is 3; it takes str'),
@@ -149,6 +149,24 @@ def test_a_value_of_the_wrong_type_is_refused(sections, message):
     ({'train': {'dtype': 'float16'}}, "train.dtype 'float16' is none of"),
     ({'data': {'train': ''}}, 'data.train is empty'),
     ({'data': {'max_length': 1}}, 'data.max_length is 1'),
+    ({'data': {'learn': 'some'}}, "data.learn 'some' is none of"),
+    ({'data': {'thinking': 'no'}}, "data.thinking 'no' is none of"),
+    ({'data': {'too_long': 'trim'}}, "data.too_long 'trim' is none of"),
+    ({'data': {'shuffle_buffer': 0}}, 'data.shuffle_buffer is 0'),
+    (
+      {'data': {'stream': True, 'shuffle_buffer': 3}},
+      'shuffle_buffer is 3, fewer examples than the 4 rows',
+    ),
+    (
+      {'data': {'stream': True}, 'train': {'steps': None, 'epochs': 1.0}},
+      'train.epochs is 1.0, but with data.stream nobody knows',
+    ),
+    ({'data': {'columns': {'ask': 'q'}}}, "reads 'q' as 'ask'"),
+    ({'data': {'columns': 'prompt'}}, "data.columns is 'prompt'"),
+    (
+      {'data': {'columns': {'a.csv': {'text': 'b'}}}},
+      "names the source 'a.csv', which is none of .*my.jsonl",
+    ),
     ({'eval': {'every': 0}}, 'eval.every is 0'),
     ({'log': {'every': 0}}, 'log.every is 0'),
   ],
@@ -156,6 +174,27 @@ def test_a_value_of_the_wrong_type_is_refused(sections, message):
 def test_what_cannot_be_is_refused_with_its_value(sections, message):
   with pytest.raises(ConfigError, match=message):
     resolve(**sections)
+
+
+def test_every_source_is_checked(tmp_path):
+  there = tmp_path / 'a.jsonl'
+  there.write_text('{}')
+  spec = resolve(data={'train': [str(there), 'no.csv']})
+  with pytest.raises(DataError, match=r"'no\.csv' does not exist"):
+    config.check_sources(spec)
+  spec = resolve(data={'train': [str(there), 'reasoning_gym:gcd']})
+  with pytest.raises(ConfigError, match=r'gcd.* set data\.train_examples'):
+    config.check_sources(spec)
+
+
+def test_valid_files_of_a_folder_are_checked(tmp_path):
+  for name in ('train', 'valid'):
+    (tmp_path / f'{name}.jsonl').write_text('{}\n')
+  spec = resolve(data={'train': str(tmp_path)})
+  config.check_sources(spec)
+  (tmp_path / 'valid.jsonl').write_bytes(b'{}\n\xe9')
+  with pytest.raises(DataError, match=r'valid\.jsonl:2: byte 0xe9'):
+    config.check_sources(spec)
 
 
 def test_data_without_a_source_says_what_to_set():
@@ -193,9 +232,34 @@ def test_values_by_pattern_keep_their_order(value):
   assert spec.lora.rank_pattern == (('layers/[0-9]/.*', 8), ('.*/kernel', 4))
 
 
+@pytest.mark.parametrize(
+  'value', ["{'a.jsonl': 3, 'b': 1}", {'a.jsonl': 3, 'b': 1}]
+)
+def test_sources_are_pairs_however_they_are_given(value):
+  spec = resolve(data={'train': value})
+  assert spec.data.sources == spec.data.train == (('a.jsonl', 3), ('b', 1))
+  assert config.from_json(spec.to_json()) == spec
+  assert resolve().data.sources == (('my.jsonl', None),)
+
+
+@pytest.mark.parametrize(
+  'value', ["{'prompt': 'q'}", {'prompt': 'q'}, [['prompt', 'q']]]
+)
+def test_columns_are_pairs_however_they_are_given(value):
+  spec = resolve(data={'columns': value})
+  assert spec.data.columns == (('prompt', 'q'),)
+  assert config.from_json(spec.to_json()) == spec
+
+
+def test_fields_of_the_template_are_pairs():
+  spec = resolve(data={'template': "{'enable_thinking': False}"})
+  assert spec.data.template == (('enable_thinking', False),)
+  assert config.from_json(spec.to_json()) == spec
+
+
 @pytest.mark.parametrize('text', ["{'x'", '{[1]: 2}', "{'x'}", '[' * 500])
 def test_what_is_no_dict_says_how_to_write_one(text):
-  with pytest.raises(ConfigError, match=r"such as {'PATTERN': VALUE}$"):
+  with pytest.raises(ConfigError, match=r"such as {'NAME': VALUE}$"):
     resolve(lora={'rank_pattern': text})
 
 

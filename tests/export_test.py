@@ -67,6 +67,28 @@ def test_sixteen_bits_round_every_weight_once(
     np.testing.assert_array_equal(saved[path], rounded)
 
 
+def test_a_gguf_file_computes_what_was_trained(
+  commands, finished, tuned, logits, tmp_path
+):
+  from jlora.checkpoints.bases import open_base
+  from jlora.models.decoder import Decoder
+
+  path = tmp_path / 'm.gguf'
+  flags = ('--to=gguf', f'--out={path}', '--dtype=float32')
+  ended = commands.run('export', f'--run={finished[0]}', *flags)
+  assert (ended.rc, ended.stderr) == (0, '')
+  assert 'tensors in F32' in ended.stdout
+  base = open_base(str(path))
+  assert base.config == tuned.base.config
+  assert base.eos_token_ids == tuned.base.eos_token_ids
+  params = {'params': base.load_params()}
+  found = Decoder(base.config).apply(params, jnp.asarray(TOKENS))
+  np.testing.assert_allclose(found, logits, atol=1e-4)
+  text = 'what is 3 + 4?<|im_end|>'
+  expected = tuned.base.tokenizer.encode(text)
+  assert base.tokenizer.encode(text) == expected
+
+
 def test_a_merged_folder_gives_the_adapted_models_text(
   finished, tuned, transformers, tmp_path
 ):
@@ -227,7 +249,9 @@ def test_peft_opens_the_adapter_on_the_dequantized_base(
 @pytest.mark.parametrize(
   ('flags', 'part'),
   [
-    (('--to=gguf', '--out=x'), "'gguf'"),
+    (('--to=onnx', '--out=x'), "'onnx'"),
+    (('--to=gguf', '--out=x'), 'use NAME.gguf'),
+    (('--to=gguf', '--out=x.gguf', '--dtype=Q4_K'), 'F16, BF16, F32, Q8_0'),
     (('--to=merged',), '--out is missing'),
     (('--to=merged', '--out=x', '--dtype=int8'), "'int8'"),
     (('--to=merged', '--out=x', '--into=base'), "'base'"),

@@ -129,6 +129,40 @@ def test_a_checkpoint_holds_three_times_the_trainable_bytes(finished):
     assert size <= 3.2 * summary['bytes']['trainable'] + (1 << 16)
 
 
+@pytest.mark.slow
+def test_a_streamed_run_continues_as_if_it_had_not_stopped(
+  commands, tmp_path, tiny_data
+):
+  text = tmp_path / 'text.jsonl'
+  text.write_text('{"text": "%s"}\n' % ('what is 3 + 4? ' * 40))
+  sources = str({str(tiny_data): 3, str(text): 1})
+  flags = (
+    f'--config.data.train={sources}',
+    '--config.data.eval=reasoning_gym:gcd',
+    '--config.data.stream=True',
+    '--config.data.shuffle_buffer=20',
+    '--config.data.max_length=128',
+    '--config.optim.schedule=constant',
+    '--config.eval.examples=0',
+    '--config.eval.samples=0',
+  )
+  run, whole = tmp_path / 'run', tmp_path / 'whole'
+  for steps in (7, 20):
+    ended = commands.train(run, *flags, f'--config.train.steps={steps}')
+    assert (ended.rc, ended.stderr) == (0, '')
+  assert 'continuing after step 7' in ended.stdout
+  assert f'{text}: read ' in ended.stdout.replace('\n', '')
+  straight = commands.train(whole, *flags, '--config.train.steps=20')
+  assert straight.rc == 0
+  losses = [
+    {x['step']: x['loss'] for x in metrics_of(path) if 'loss' in x}
+    for path in (run, whole)
+  ]
+  assert losses[0] == losses[1]
+  name = 'adapter/adapter_model.safetensors'
+  assert (run / name).read_bytes() == (whole / name).read_bytes()
+
+
 @pytest.mark.parametrize('experiment', ['lora', 'full'])
 def test_every_experiment_runs_two_steps(commands, tmp_path, experiment):
   run = tmp_path / 'run'

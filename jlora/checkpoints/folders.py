@@ -1,4 +1,4 @@
-"""Folders that are replaced as a whole: the old one or the new, never a mix."""
+"""What is replaced as a whole: the old one or the new, never a mix."""
 
 import contextlib
 import os
@@ -56,6 +56,38 @@ def replacing(
   finally:
     restore_folder(folder)
     shutil.rmtree(new, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_file(path: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+  """Gives a name for a file that takes the place of `path` at the end.
+
+  It lies beside `path`, is flushed to the disk and renamed. If the block
+  raises, `path` stays as it was.
+
+  Args:
+    path: Created or replaced.
+
+  Yields:
+    The name to write to.
+
+  Raises:
+    CheckpointError: The disk refused; what was there before is kept.
+  """
+  path = pathlib.Path(path).resolve()
+  new = _beside(path)[0]
+  try:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    yield new
+    _flush(new)
+    new.replace(path)
+    _flush(path.parent)
+  except OSError as error:
+    raise CheckpointError(
+      f'{path} cannot be written ({error}); what was there before is kept'
+    ) from error
+  finally:
+    new.unlink(missing_ok=True)
 
 
 def restore_folder(folder: str | os.PathLike[str]) -> None:

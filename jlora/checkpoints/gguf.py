@@ -9,6 +9,7 @@ References:
 """
 
 import dataclasses
+import functools
 import math
 import mmap
 import os
@@ -66,7 +67,8 @@ class GgufFile:
       path: A little-endian GGUF file of version 2 or 3.
 
     Raises:
-      BaseModelError: The file is missing, or is no whole GGUF file.
+      BaseModelError: The file is missing, is no whole GGUF file, or holds a
+        tensor in an encoding that the `gguf` package does not decode.
     """
     self.path = pathlib.Path(path)
     try:
@@ -78,6 +80,7 @@ class GgufFile:
     self.metadata = header.read_metadata()
     alignment = self.metadata.get('general.alignment', 32)
     self.tensors = header.read_tensors(alignment)
+    self._check_kinds()
 
   def read(
     self,
@@ -93,34 +96,49 @@ class GgufFile:
       name: A key of `tensors`.
       dtype: What the float32 values are rounded to.
       rows: A slice or indices along the first axis of a tensor with two; no
-        other rows are read.
-      columns: A slice along its second axis; the others are dropped as soon
-        as a few rows are dequantized.
+        other rows are read. One with more axes is taken as the matrix of all
+        its rows.
+      columns: A slice of step 1 along the last axis; no other blocks are
+        dequantized.
 
     Returns:
-      An array of the part's shape.
-
-    Raises:
-      BaseModelError: The encoding is unknown to the `gguf` package.
+      An array of the part's shape, with one axis or two.
     """
     info = self.tensors[name]
     data = np.frombuffer(self._bytes, np.uint8, info.size, info.offset)
-    row = info.shape[-1] if info.shape else 1
+    row = info.shape[-1]
     data = data.reshape(math.prod(info.shape) // row, -1)[rows]
-    out = np.empty((len(data), len(range(row)[columns])), dtype)
+    first, last, _ = columns.indices(row)
+    block, size = gguf.GGML_QUANT_SIZES[info.kind]
+    data = data[:, first // block * size : -(-last // block) * size]
+    columns = slice(first % block, first % block + last - first)
+    out = np.empty((len(data), last - first), dtype)
     step = max(1, _CHUNK // row)
     for start in range(0, len(data), step):
-      part = data[start : start + step]
-      try:
-        values = gguf.quants.dequantize(part, info.kind)
-      except NotImplementedError as error:
+      part = np.ascontiguousarray(data[start : start + step])
+      values = gguf.quants.dequantize(part, info.kind)
+      out[start : start + step] = values[:, columns]
+    return out if len(info.shape) > 1 else out.reshape(-1)
+
+  def _check_kinds(self) -> None:
+    for name, info in self.tensors.items():
+      if not _is_decoded(info.kind):
         raise BaseModelError(
           f'{self.path}: {name} is encoded as {info.kind.name}, which this'
           ' version of the gguf package does not decode; use another file of'
           ' the model, such as Q8_0 or Q4_K_M'
-        ) from error
-      out[start : start + step] = values[:, columns]
-    return out if len(info.shape) == 2 else out.reshape(info.shape)
+        )
+
+
+@functools.cache
+def _is_decoded(kind: gguf.GGMLQuantizationType) -> bool:
+  """Whether the package decodes an encoding; only trying says so."""
+  block = np.zeros((1, gguf.GGML_QUANT_SIZES[kind][1]), np.uint8)
+  try:
+    gguf.quants.dequantize(block, kind)
+  except NotImplementedError:
+    return False
+  return True
 
 
 class _Header:

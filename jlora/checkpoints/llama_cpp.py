@@ -1,65 +1,22 @@
-"""How llama.cpp writes a model into a GGUF file, undone.
-
-Its names differ from Hugging Face's. In some architectures the rows of the
-query and key projections are permuted so that the two features of a rotary pair
-are neighbors. Llama 3's stretch of the wavelengths is stored as a tensor of
-divisors.
-
-References:
-  `convert_hf_to_gguf.py <https://github.com/ggml-org/llama.cpp>`_, classes
-  `LlamaModel`, `SmolLM3Model`, `Qwen2Model` and `Qwen3Model`.
-"""
+"""GGUF files of llama.cpp, seen with Hugging Face's names and layout."""
 
 import collections
-import dataclasses
-import functools
 import math
 import os
 import pathlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-import gguf
 import numpy as np
 
 from jlora.checkpoints import tokenizers
 from jlora.checkpoints.gguf import GgufFile
-from jlora.checkpoints.weights import (
-  Index,
-  check_sizes,
-  check_tensors,
-  stored_shapes,
-)
+from jlora.checkpoints.gguf_config import read_metadata, stretch_tensors
+from jlora.checkpoints.gguf_layout import Layout, Place, rotary_rows
+from jlora.checkpoints.weights import Index, check_tensors
 from jlora.errors import BaseModelError
-from jlora.models import rotary
-from jlora.models.config import DecoderConfig
-from jlora.models.hf_config import read_config
-from jlora.models.rope_scaling import Llama3Scaling
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast
-
-# Whether rows are permuted, by architecture, which is the family's name too.
-# Mistral's models are written as Llama's.
-_ARCHITECTURES = {
-  'llama': True,
-  'qwen2': False,
-  'qwen3': False,
-  'smollm3': True,
-}
-_ROPE_FACTORS = 'rope_freqs.weight'
-
-# GGUF key behind the architecture's name -> field of config.json.
-_FIELDS = {
-  'block_count': 'num_hidden_layers',
-  'embedding_length': 'hidden_size',
-  'feed_forward_length': 'intermediate_size',
-  'attention.head_count': 'num_attention_heads',
-  'attention.head_count_kv': 'num_key_value_heads',
-  'attention.key_length': 'head_dim',
-  'attention.layer_norm_rms_epsilon': 'rms_norm_eps',
-  'context_length': 'max_position_embeddings',
-  'rope.freq_base': 'rope_theta',
-}
 
 
 class GgufModel:
@@ -81,8 +38,21 @@ class GgufModel:
         tensor or holds one that this decoder does not compute with.
     """
     self.file = GgufFile(path)
-    self.config = _read_config(self.file)
-    self._check_tensors()
+    shapes = {name: info.shape for name, info in self.file.tensors.items()}
+    metadata = self.file.metadata
+    if (parts := metadata.get('split.count', 1)) != 1:
+      raise BaseModelError(
+        f'{path} is one of {parts} parts of a model; join them with'
+        ' `llama-gguf-split --merge` of llama.cpp'
+      )
+    factors = {
+      name: self.file.read(name)
+      for name in stretch_tensors(path, metadata)
+      if shapes.pop(name, None)
+    }
+    self.config = read_metadata(path, metadata, shapes, factors)
+    self._layout = Layout(self.config)
+    check_tensors(self.file.path, shapes, self._layout.shapes)
 
   @property
   def paths(self) -> tuple[pathlib.Path, ...]:
@@ -125,121 +95,29 @@ class GgufModel:
       index: One slice an axis; of the others, no row is read. None is
         everything.
     """
-    module = name.removesuffix('.weight')
-    name = self._name(name)
-    if len(self.file.tensors[name].shape) < 2:
-      weight = self.file.read(name, dtype)
-      return weight[index] if index else weight
-    rows, columns = index or (slice(None),) * 2
-    for kind, heads in self._rotary_heads.items():
-      if module.endswith(kind):
-        rows = rotary_rows(self.file.tensors[name].shape[0], heads)[rows]
-    return self.file.read(name, dtype, rows=rows, columns=columns)
+    place = self._layout.places[name]
+    *stack, last = self.file.tensors[place.tensor].shape
+    if stack:
+      return self._read_matrix(place, stack[-1], dtype, index)
+    vector = self.file.read(place.tensor) - np.float32(place.offset)
+    if place.heads:
+      vector = vector[rotary_rows(last, place.heads)]
+    return vector[index or slice(None)].astype(dtype, copy=False)
 
-  @property
-  def _rotary_heads(self) -> dict[str, int]:
-    """Heads of the weights whose rows llama.cpp gives another order."""
-    if not _ARCHITECTURES[self.config.family]:
-      return {}
-    return {
-      '.self_attn.q_proj': self.config.heads,
-      '.self_attn.k_proj': self.config.kv_heads,
-    }
-
-  @functools.cached_property
-  def _names(self) -> gguf.TensorNameMap:
-    arch = gguf.MODEL_ARCH[self.config.family.upper()]
-    return gguf.get_tensor_name_map(arch, self.config.layers)
-
-  def _name(self, name: str) -> str:
-    return self._names.get_name(name, try_suffixes=('.weight', '.bias'))
-
-  def _check_tensors(self) -> None:
-    found = {name: info.shape for name, info in self.file.tensors.items()}
-    found.pop(_ROPE_FACTORS, None)
-    wanted = {
-      self._name(name): shape
-      for name, shape in stored_shapes(self.config).items()
-    }
-    check_tensors(self.file.path, found, wanted)
-
-
-def rotary_rows(rows: int, heads: int) -> np.ndarray:
-  """Returns where llama.cpp keeps the rows of queries and keys.
-
-  In each of its heads the features i and i + head_dim / 2 of a rotary pair
-  lie side by side.
-
-  Args:
-    rows: heads * head_dim.
-    heads: Query heads for a query projection, else key-value heads.
-
-  Returns:
-    int [rows]: the place of each row of Hugging Face's rotate-half order.
-  """
-  places = np.arange(rows).reshape(heads, -1, 2)
-  return places.swapaxes(1, 2).reshape(-1)
-
-
-def _read_config(file: GgufFile) -> DecoderConfig:
-  meta = file.metadata
-  kind = meta.get('general.architecture')
-  if kind not in _ARCHITECTURES:
-    known = ', '.join(map(repr, _ARCHITECTURES))
-    raise BaseModelError(
-      f'{file.path} has the architecture {kind!r}; this version reads {known}'
-    )
-  fields = {
-    field: _plain(meta[f'{kind}.{key}'])
-    for key, field in _FIELDS.items()
-    if f'{kind}.{key}' in meta
-  }
-  embedding = file.tensors.get('token_embd.weight')
-  if embedding is None:
-    raise BaseModelError(f"{file.path} lacks the tensor 'token_embd.weight'")
-  fields['model_type'] = kind
-  fields['vocab_size'] = embedding.shape[0]
-  fields['tie_word_embeddings'] = 'output.weight' not in file.tensors
-  check_sizes(file.path, fields, len(file.tensors))
-  config = read_config(fields)
-  _check_features(file, config)
-  return _with_rope_scaling(file, config)
-
-
-def _plain(value: Any) -> Any:
-  """Returns float32 metadata as the decimal that was rounded to it."""
-  return float(str(np.float32(value))) if isinstance(value, float) else value
-
-
-def _check_features(file: GgufFile, config: DecoderConfig) -> None:
-  wanted = {
-    'rope.dimension_count': config.head_dim,
-    'attention.value_length': config.head_dim,
-    'rope.scaling.type': 'none',
-    'expert_count': 0,
-  }
-  for key, value in wanted.items():
-    found = file.metadata.get(f'{config.family}.{key}', value)
-    if found != value:
-      raise BaseModelError(
-        f'{file.path} has {config.family}.{key}={found!r}, which this decoder'
-        f' does not compute; it needs {value!r}'
-      )
-
-
-def _with_rope_scaling(file: GgufFile, config: DecoderConfig) -> DecoderConfig:
-  """Recognizes Llama 3's stretch in the divisors it was written as."""
-  if _ROPE_FACTORS not in file.tensors:
-    return config
-  factors = file.read(_ROPE_FACTORS)
-  scaling = Llama3Scaling(factor=float(factors.max()))
-  scaled = dataclasses.replace(config, rope_scaling=scaling)
-  expected = rotary.frequencies(config) / rotary.frequencies(scaled)
-  if factors.shape != expected.shape or not np.allclose(
-    factors, expected, rtol=1e-4, atol=0
-  ):
-    raise BaseModelError(
-      f'{file.path} stretches the rotary wavelengths by other factors than'
-      " Llama 3's; load the model from its Hugging Face folder instead"
-    )
-  return scaled
+  def _read_matrix(
+    self,
+    place: Place,
+    count: int,
+    dtype: np.dtype | type,
+    index: Index | None,
+  ) -> np.ndarray:
+    """Returns a part of a matrix of `count` rows."""
+    index = index or (slice(None),) * 2
+    rows, columns = index[::-1] if place.turned else index
+    first, last, _ = rows.indices(count)
+    start = (place.expert or 0) * count
+    rows = slice(start + first, start + last)
+    if place.heads:
+      rows = rotary_rows(count, place.heads)[rows]
+    part = self.file.read(place.tensor, dtype, rows=rows, columns=columns)
+    return part.T if place.turned else part

@@ -169,6 +169,12 @@ def check_selection(selection: Selection, base: Modules) -> None:
       f'{min(whole)!r} is trained in full, and PEFT has no file for single'
       ' experts; export the whole model with --to=merged'
     )
+  paired = selection.pairs.keys() & base.experts
+  if paired and selection.variant == 'dora':
+    raise AdapterError(
+      f'{min(paired)!r} has DoRA of experts, which PEFT does not compute;'
+      ' exclude the experts, or export the whole model with --to=merged'
+    )
   kinds = (selection.pairs.keys(), selection.saved, selection.rows.keys())
   counts = collections.Counter(module for kind in kinds for module in kind)
   twice = sorted(module for module, count in counts.items() if count > 1)

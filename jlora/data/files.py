@@ -1,165 +1,215 @@
-"""Conversations from local files, folders and the hub, through `datasets`.
+"""Rows of data files: JSON lines, JSON, Parquet, CSV, TSV and plain text.
 
-A .jsonl file is read as lines of text: the JSON reader of `datasets` would
-turn an answer such as "2020-01-01" into a timestamp, and has no line numbers.
+Text is taken as it is written. The readers of `datasets` guess types: an
+answer such as 2020-01-01 would become a timestamp, and 007 a 7. So it reads
+only what has types of its own, Parquet; the others are read by the standard
+library, which also knows the line.
 """
 
+import csv
 import itertools
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from jlora.data.conversations import Conversation, detect_format, read_row
+from jlora.data import lines
 from jlora.errors import DataError
 
-_MAX_LINE = 16 << 20  # bytes; a longer line is no row but a broken file
+# Where a row stands, for messages, and its fields.
+Row = tuple[str, Mapping[str, Any]]
+
+_BOM = b'\xef\xbb\xbf'
+_PARQUET = b'PAR1'
 
 
-def check_file(path: str) -> None:
+def is_data_file(path: str) -> bool:
+  """Returns whether a name is that of a file whose rows can be read."""
+  return _suffix(path) in READERS
+
+
+def _suffix(path: str) -> str:
+  return pathlib.PurePath(path).suffix.lower()
+
+
+def check_file(path: str, *, whole: bool = True) -> None:
   """Finds what is wrong with a file before anything parses it.
 
   Args:
-    path: A .jsonl file.
+    path: A file of one of the kinds in `READERS`.
+    whole: Whether to look at all of it; else at its first lines.
 
   Raises:
-    DataError: It is missing, empty, not UTF-8, starts with a byte-order mark,
-      or has a line above 16 MiB; the message holds file and line.
+    DataError: It is missing, empty, not UTF-8, no Parquet though it is called
+      so, or a .jsonl file with a line above 16 MiB; with file and line.
   """
   if not os.path.isfile(path):
     raise DataError(f'data file {path!r} does not exist; check the path')
   try:
-    empty = True
-    for number, line in _raw_lines(path):
-      _check_line(path, number, line)
-      empty = empty and not line.strip()
+    if _suffix(path) == '.parquet':
+      _check_parquet(path)
+    elif _suffix(path) == '.jsonl':
+      lines.check_lines(path, whole=whole)
+    else:
+      _check_text(path, whole)
   except OSError as error:
     raise DataError(f'data file {path!r} cannot be read: {error}') from error
-  if empty:
-    raise DataError(f'data file {path!r} is empty; give one JSON row a line')
 
 
-def _raw_lines(path: str) -> Iterator[tuple[int, bytes]]:
+def _check_text(path: str, whole: bool) -> None:
+  empty = True
   with open(path, 'rb') as file:
-    lines = iter(lambda: file.readline(_MAX_LINE + 1), b'')
-    yield from enumerate(lines, 1)
+    some = None if whole else lines.SOME
+    for number, line in enumerate(itertools.islice(file, some), 1):
+      line = line.removeprefix(_BOM) if number == 1 else line
+      lines.check_line(path, number, line)
+      empty = empty and not line.strip()
+  if empty:
+    raise DataError(f'data file {path!r} is empty; give it rows or text')
 
 
-def _check_line(path: str, number: int, line: bytes) -> None:
-  if len(line) > _MAX_LINE:
+def _check_parquet(path: str) -> None:
+  with open(path, 'rb') as file:
+    start = file.read(4)
+    file.seek(max(os.path.getsize(path) - 4, 0))
+    end = file.read(4)
+  if (start, end) != (_PARQUET, _PARQUET):
     raise DataError(
-      f'{path}:{number}: the line is longer than {_MAX_LINE >> 20} MiB; write'
-      ' one JSON row a line'
+      f'data file {path!r} starts with {start!r} and ends with {end!r}, so it'
+      ' is no whole Parquet file; copy or write it again'
     )
-  if line.startswith((b'\xef\xbb\xbf', b'\xff\xfe', b'\xfe\xff')):
-    raise DataError(
-      f'{path}:{number}: the line starts with the byte-order mark'
-      f' {line[:3].hex()}; save the file as UTF-8 without it'
-    )
-  try:
-    line.decode()
-  except UnicodeDecodeError as error:
-    raise DataError(
-      f'{path}:{number}: byte {line[error.start]:#04x} is not UTF-8; save the'
-      ' file as UTF-8'
-    ) from error
 
 
-def load_file(
-  path: str, *, examples: int | None = None
-) -> tuple[list[Conversation], str]:
-  """Reads a .jsonl file, one JSON object a line.
+def read_file(path: str) -> Iterator[Row]:
+  """Yields the rows of a file, one after another as they are asked for.
 
   Args:
-    path: The file.
-    examples: Rows to read from its start; None reads all.
-
-  Returns:
-    The conversations in the file's order, and the format of its rows.
+    path: A .jsonl, .json (a list of rows, or an object with one list),
+      .parquet, .csv or .tsv (with names in the first line), .txt or .md file
+      (the whole of it is one row).
 
   Raises:
-    DataError: The file or a row is malformed; with file and line.
+    DataError: The file is damaged; with file and row.
   """
-  check_file(path)
-  import datasets
-
-  # An absolute path with glob characters escaped: `datasets` reads patterns.
-  pattern = ''.join(
-    f'[{c}]' if c in '*?[' else c for c in os.path.abspath(path)
-  )
-  lines = datasets.load_dataset(
-    'text', data_files=pattern, split='train', streaming=True
-  )
-  rows = (
-    (f'{path}:{number}', line['text'])
-    for number, line in enumerate(lines, 1)
-    if line['text'].strip()
-  )
-  return _read_rows(itertools.islice(rows, examples), _parse)
-
-
-def _parse(line: str) -> Mapping[str, Any]:
   try:
-    row = json.loads(line)
+    yield from READERS[_suffix(path)](path)
+  except OSError as error:
+    raise DataError(f'data file {path!r} cannot be read: {error}') from error
+
+
+def _read_json(path: str) -> Iterator[Row]:
+  with open(path, encoding='utf-8-sig') as file:
+    text = file.read()
+  try:
+    content = json.loads(text)
   except json.JSONDecodeError as error:
-    raise ValueError(
-      f'not JSON: {error.msg} at column {error.colno}; write one object a line'
+    if error.msg == 'Extra data':  # one object a line under another name
+      yield from lines.read_lines(path)
+      return
+    raise DataError(
+      f'{path}:{error.lineno}: not JSON: {error.msg} at column {error.colno};'
+      ' give a list of rows'
     ) from error
   except RecursionError as error:
-    raise ValueError('the JSON is nested too deeply') from error
-  if not isinstance(row, dict):
-    raise ValueError(f'the line is a JSON {type(row).__name__}, not an object')
-  return row
+    raise DataError(f'{path}: the JSON is nested too deeply') from error
+  for i, row in enumerate(_list_in(path, content)):
+    if not isinstance(row, dict):
+      raise DataError(f'{path}: row {i} is {row!r:.60}, not an object')
+    yield f'{path}: row {i}', row
 
 
-def load_hub(
-  source: str, *, examples: int | None = None
-) -> tuple[list[Conversation], str]:
-  """Reads a dataset of the hub, or a local folder in the same layout.
+def _list_in(path: str, content: Any) -> list[Any]:
+  """Returns the list of rows that a JSON file is, or has in one field."""
+  if isinstance(content, list):
+    return content
+  found = content if isinstance(content, dict) else {}
+  lists = [name for name, value in found.items() if isinstance(value, list)]
+  if len(lists) != 1:
+    raise DataError(
+      f'{path}: a JSON {type(content).__name__} with the lists {lists}; give a'
+      ' list of rows, or an object with one list'
+    )
+  return content[lists[0]]
+
+
+def _read_parquet(path: str) -> Iterator[Row]:
+  import datasets
+  import pyarrow
+
+  try:
+    rows = datasets.load_dataset(
+      'parquet', data_files=_escaped(path), split='train', streaming=True
+    )
+    for i, row in enumerate(rows):
+      yield f'{path}: row {i}', without_none(row)
+  except (pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+    raise DataError(
+      f'data file {path!r} cannot be read as Parquet:'
+      f' {lines.first_line(error)}; write it again'
+    ) from error
+
+
+def without_none(value: Any) -> Any:
+  """Returns a value of Arrow without the fields that are None, at any depth.
+
+  A column has the same fields in every row; None stands where there is none.
 
   Args:
-    source: `owner/name` or a folder, with the split after a colon where it is
-      not 'train': `owner/name:test`.
-    examples: Rows to read from its start; None reads all.
-
-  Returns:
-    The conversations in the dataset's order, and the format of its rows.
-
-  Raises:
-    DataError: It cannot be loaded, or a row is malformed; with its number.
+    value: A row, or what a column holds.
   """
-  import datasets
-
-  name, _, split = source.partition(':')
-  name = str(pathlib.Path(name).resolve()) if os.path.isdir(name) else name
-  try:
-    rows = datasets.load_dataset(name, split=split or 'train')
-  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-    raise DataError(
-      f'dataset {source!r} cannot be loaded: {_first_line(error)}; check its'
-      ' name and split (owner/name:split), and the connection'
-    ) from error
-  if examples is not None:
-    rows = rows.take(min(examples, len(rows)))
-  located = ((f'{source}: row {i}', row) for i, row in enumerate(rows))
-  return _read_rows(located, lambda row: row)
+  if isinstance(value, dict):
+    return {k: without_none(v) for k, v in value.items() if v is not None}
+  if isinstance(value, list):
+    return [without_none(v) for v in value]
+  return value
 
 
-def _first_line(error: BaseException) -> str:
-  return (str(error).strip() or type(error).__name__).splitlines()[0]
+def _escaped(path: str) -> str:
+  """Returns an absolute path for `datasets`, which reads patterns."""
+  return ''.join(f'[{c}]' if c in '*?[' else c for c in os.path.abspath(path))
 
 
-def _read_rows(
-  rows: Iterable[tuple[str, Any]], parse: Callable[[Any], Mapping[str, Any]]
-) -> tuple[list[Conversation], str]:
-  """Reads located rows in the format of the first."""
-  conversations, row_format = [], ''
-  for where, raw in rows:
+def _read_csv(path: str) -> Iterator[Row]:
+  dialect = 'excel-tab' if _suffix(path) == '.tsv' else 'excel'
+  csv.field_size_limit(lines.MAX_LINE)
+  with open(path, encoding='utf-8-sig', newline='') as file:
+    rows = csv.reader(file, dialect, strict=True)
     try:
-      row = parse(raw)
-      row_format = row_format or detect_format(row)
-      conversations.append(read_row(row, row_format))
-    except ValueError as error:
-      raise DataError(f'{where}: {error}') from error
-  return conversations, row_format
+      names = next(rows, [])
+      _check_header(path, names)
+      for row in filter(None, rows):
+        where = f'{path}:{rows.line_num}'
+        if len(row) != len(names):
+          raise DataError(
+            f'{where}: {len(row)} fields, and the first line names'
+            f' {len(names)}: {names}; quote fields that hold separators'
+          )
+        yield where, dict(zip(names, row, strict=True))
+    except csv.Error as error:
+      raise DataError(f'{path}:{rows.line_num}: {error}') from error
+
+
+def _check_header(path: str, names: list[str]) -> None:
+  if not names or len(set(names)) < len(names) or '' in names:
+    raise DataError(
+      f'{path}:1: the columns {names} are not named, or not all differently;'
+      ' the first line names them'
+    )
+
+
+def _read_text(path: str) -> Iterator[Row]:
+  with open(path, encoding='utf-8-sig') as file:
+    yield path, {'text': file.read()}
+
+
+READERS: dict[str, Callable[[str], Iterator[Row]]] = {
+  '.jsonl': lines.read_lines,
+  '.json': _read_json,
+  '.parquet': _read_parquet,
+  '.csv': _read_csv,
+  '.tsv': _read_csv,
+  '.txt': _read_text,
+  '.md': _read_text,
+}
+TEXT = ('.txt', '.md')

@@ -1,10 +1,11 @@
 """What happens to examples that are longer than a row."""
 
 import dataclasses
-from collections.abc import Sequence
 
 from jlora.data.tokens import Example
 from jlora.errors import DataError
+
+TOO_LONG = ('cut', 'drop', 'error')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -13,7 +14,8 @@ class Fit:
 
   Attributes:
     cut: Examples whose end was cut off.
-    dropped: Examples left out, since cutting would leave nothing to learn.
+    dropped: Examples left out, as too long or since cutting would leave
+      nothing to learn.
     split: Plain texts that were split into several examples.
   """
 
@@ -21,52 +23,82 @@ class Fit:
   dropped: int = 0
   split: int = 0
 
+  def __add__(self, other: 'Fit') -> 'Fit':
+    """Returns the counts of both."""
+    return Fit(
+      self.cut + other.cut,
+      self.dropped + other.dropped,
+      self.split + other.split,
+    )
+
 
 def fit(
-  examples: Sequence[Example],
-  is_text: Sequence[bool],
+  example: Example,
   *,
+  is_text: bool,
   max_length: int,
-  max_lost: float = 0.1,
+  too_long: str = 'cut',
+  where: str = '',
 ) -> tuple[list[Example], Fit]:
-  """Makes every example fit into a row.
+  """Makes an example fit into a row.
 
   A row of n places holds n + 1 tokens of an example, the last as a target.
   Plain text is split into windows that overlap by one token, so that every
-  token is still learned once. Of a conversation the end is cut off; where no
-  learned token would be left, it is dropped.
+  token is still learned once. Of a conversation the end is cut off, and where
+  no learned token would be left, it is dropped; or `too_long` says otherwise.
 
   Args:
-    examples: Examples at their full length.
-    is_text: Of each, whether it is plain text.
+    example: At its full length.
+    is_text: Whether it is plain text.
     max_length: Places in a row.
-    max_lost: The largest share of examples that may be cut or dropped.
+    too_long: What happens to a conversation longer than a row: 'cut', 'drop'
+      or 'error'.
+    where: What names its row in a message.
 
   Returns:
-    The examples that fit, in order, and the counts.
+    What fits, and the counts.
 
   Raises:
-    DataError: There is nothing left, or more than `max_lost` is lost.
+    DataError: It is too long where that is an error.
   """
-  fitted: list[Example] = []
-  cut = dropped = split = 0
-  for example, text in zip(examples, is_text, strict=True):
-    pieces = _pieces(example, max_length, text)
-    long = example.places > max_length
-    split += long and text
-    cut += long and not text and bool(pieces)
-    dropped += not pieces
-    fitted += pieces
-  lost, n = cut + dropped, len(examples)
-  if not fitted or lost > max_lost * n:
-    longest = max((example.places for example in examples), default=0)
+  long = example.places > max_length
+  if long and not is_text and too_long == 'error':
     raise DataError(
-      f'{lost} of {n} examples lose their answer or its end at'
-      f' data.max_length={max_length} ({cut} cut, {dropped} dropped, at most'
-      f' {max_lost:.0%} may be); the longest takes {longest} places: raise'
-      ' data.max_length or shorten the data'
+      f'{where}: it takes {example.places} places, and a row has'
+      f' data.max_length={max_length}; raise that, or set data.too_long to'
+      " 'cut' or 'drop'"
     )
-  return fitted, Fit(cut, dropped, split)
+  left_out = long and not is_text and too_long == 'drop'
+  pieces = [] if left_out else _pieces(example, max_length, is_text)
+  cut = long and not is_text and bool(pieces)
+  return pieces, Fit(int(cut), int(not pieces), int(long and is_text))
+
+
+def require_kept(
+  counts: Fit, examples: int, *, max_lost: float, max_length: int, longest: int
+) -> None:
+  """Requires that examples did not lose too much.
+
+  Args:
+    counts: What it took to fit them.
+    examples: How many they were.
+    max_lost: The largest share that may be cut or dropped; below 1 some of
+      them must be left.
+    max_length: Places in a row.
+    longest: Places of the longest.
+
+  Raises:
+    DataError: They did.
+  """
+  lost = counts.cut + counts.dropped
+  if counts.dropped == examples or lost > max_lost * examples:
+    raise DataError(
+      f'{lost} of {examples} examples lose their answer or its end at'
+      f' data.max_length={max_length} ({counts.cut} cut, {counts.dropped}'
+      f' dropped, at most {max_lost:.0%} may be); the longest takes {longest}'
+      ' places: raise data.max_length, shorten the data, or leave them out with'
+      " data.too_long='drop'"
+    )
 
 
 def _pieces(example: Example, max_length: int, text: bool) -> list[Example]:

@@ -2,11 +2,13 @@
 
 import bisect
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
 from jlora.data.batch import Batch
+from jlora.data.mixing import Mixture
 from jlora.data.packing import make_batch, pack_rows
 from jlora.data.tokens import Example
 from jlora.errors import DataError
@@ -17,9 +19,10 @@ class Loader:
 
   Each epoch packs a fresh permutation of the examples and shuffles the rows.
   The last batch of an epoch is completed with empty rows, so an epoch holds
-  every example exactly once. Packing another order can take another number of
-  rows, so epochs may differ by a few steps; reaching a step packs the epochs
-  before it once, lengths only, which takes microseconds an example.
+  every example exactly once, or what a mixture takes of them. Packing another
+  order can take another number of rows, so epochs may differ by a few steps;
+  reaching a step packs the epochs before it once, lengths only, which takes
+  microseconds an example.
 
   Attributes:
     batch_size: Rows a batch.
@@ -34,6 +37,7 @@ class Loader:
     max_length: int,
     pack: bool = True,
     seed: int = 0,
+    mixture: Mixture | None = None,
   ):
     """Takes examples that fit into a row.
 
@@ -43,6 +47,7 @@ class Loader:
       max_length: Places a row.
       pack: Whether examples share rows.
       seed: Which order.
+      mixture: Which of the examples an epoch holds; None is all.
 
     Raises:
       DataError: There is no example, or one does not fit into a row.
@@ -55,6 +60,7 @@ class Loader:
     self._lengths = np.array([e.places for e in examples])
     self._pack = pack
     self._seed = seed
+    self._mixture = mixture or Mixture((len(examples),), (None,))
     self._starts = [0]  # first step of every epoch that is known
     self._epoch, self._rows = -1, []
     self._load_epoch(0)
@@ -113,6 +119,25 @@ class Loader:
     """
     return int(sum(self._lengths[row].sum() for row in self._rows_of(step)))
 
+  def state(self, step: int) -> dict[str, Any]:
+    """Returns nothing: the step alone says where a run stands.
+
+    Args:
+      step: Counts from zero.
+    """
+    return {}
+
+  def seek(self, state: Mapping[str, Any]) -> None:
+    """Does nothing, likewise.
+
+    Args:
+      state: As `state` gave it.
+    """
+
+  def lines(self) -> list[str]:
+    """Returns nothing: all that was read was said before the first step."""
+    return []
+
   def _rows_of(self, step: int) -> list[list[int]]:
     """Returns the examples of each row; empty rows at the end are left out."""
     if step < 0:
@@ -135,12 +160,34 @@ class Loader:
   def _permuted_rows(self, epoch: int) -> list[list[int]]:
     # The raw bits of Philox are the same in every NumPy, unlike a Generator's.
     bits = np.random.Philox(key=[self._seed, epoch])
-    order = np.argsort(bits.random_raw(len(self)), kind='stable')
-    rows = _rows(self._lengths[order], self.max_length, self._pack)
-    rows = [
-      rows[i] for i in np.argsort(bits.random_raw(len(rows)), kind='stable')
-    ]
-    return [[int(order[i]) for i in row] for row in rows]
+    drawn = self._mixture.draw(self._seed, epoch)
+    return shuffled_rows(
+      self._lengths, drawn, bits, self.max_length, self._pack
+    )
+
+
+def shuffled_rows(
+  lengths: np.ndarray,
+  drawn: np.ndarray,
+  bits: np.random.Philox,
+  max_length: int,
+  pack: bool,
+) -> list[list[int]]:
+  """Returns rows of examples, these and those in a random order.
+
+  Args:
+    lengths: Places that each example takes.
+    drawn: Which of them are in the rows.
+    bits: What decides the order.
+    max_length: Places a row.
+    pack: Whether examples share rows.
+  """
+  order = drawn[np.argsort(bits.random_raw(len(drawn)), kind='stable')]
+  rows = _rows(lengths[order], max_length, pack)
+  rows = [
+    rows[i] for i in np.argsort(bits.random_raw(len(rows)), kind='stable')
+  ]
+  return [[int(order[i]) for i in row] for row in rows]
 
 
 def _rows(

@@ -1,25 +1,20 @@
-"""From the names of two sources to examples that can be trained on."""
+"""From the names of sources to examples that can be trained on."""
 
 import dataclasses
-import functools
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from jlora.data import tasks
 from jlora.data.conversations import Conversation
-from jlora.data.fitting import Fit, fit
 from jlora.data.loader import packing_efficiency
+from jlora.data.mixing import Mixture, Sources
+from jlora.data.parts import Part, load_parts, separate
+from jlora.data.recipe import Made, Recipe
 from jlora.data.report import DataReport
-from jlora.data.sources import is_task, load_conversations
-from jlora.data.tokens import Example, tokenize
+from jlora.data.stream_loader import StreamLoader
+from jlora.data.templates import notes_on
+from jlora.data.tokens import Example
 from jlora.errors import DataError
-
-if TYPE_CHECKING:
-  from transformers import PreTrainedTokenizerFast as Tokenizer
-else:
-  Tokenizer = Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +26,8 @@ class Prepared:
     eval: Held-out examples.
     eval_conversations: What `eval` was made of, to be answered and scored.
     report: The counters.
+    order: Which of `train` an epoch holds; or the loader that reads data as it
+      goes, of which `train` is the first block.
     score: Maps (completion, conversation) to the verifier's score, 1.0 for a
       right answer; None where the held-out data has no verifier.
     is_well_formed: Maps (completion, conversation) to whether the completion
@@ -41,40 +38,38 @@ class Prepared:
   eval: tuple[Example, ...]
   eval_conversations: tuple[Conversation, ...]
   report: DataReport
+  order: Mixture | StreamLoader
   score: Callable[[str, Conversation], float] | None = None
   is_well_formed: Callable[[str, Conversation], bool] | None = None
 
 
 def prepare(
-  train: str,
+  train: str | Sources,
   eval: str | None,  # noqa: A002
-  tokenizer: Tokenizer,
+  recipe: Recipe,
   *,
-  max_length: int,
   pack: bool = True,
   seed: int = 0,
   train_examples: int | None = None,
   eval_examples: int = 200,
-  vocab_size: int | None = None,
-  max_lost: float = 0.1,
+  columns: Sequence[tuple[str, Any]] = (),
 ) -> Prepared:
   """Loads, separates, tokenizes and fits the data of a run.
 
   Args:
-    train: Where training data comes from; see `sources.check_source`.
+    train: Where training data comes from, see `sources.check_source`; one
+      source, or pairs of a source and its weight.
     eval: Where held-out data comes from. None takes other questions of the
-      same task, or holds a seeded part of `train` out: `eval_examples`, but
-      at most a tenth of it.
-    tokenizer: The base's tokenizer, with its chat template.
-    max_length: Tokens a row.
+      same task, a folder's own valid files, or holds a seeded part of `train`
+      out: `eval_examples`, but at most a tenth of it.
+    recipe: How conversations become examples.
     pack: Whether examples share rows.
     seed: Which questions of a task are trained on, and which part of other
       data is held out.
     train_examples: Examples to train on; None is all of them.
     eval_examples: Examples to hold out.
-    vocab_size: Rows of the base's embedding; None does not check ids.
-    max_lost: The largest share of examples that may lose tokens to
-      `max_length`.
+    columns: Pairs of a field and the column that holds it, or of a source and
+      such pairs.
 
   Returns:
     The data, and a report of what was decided and dropped.
@@ -85,140 +80,116 @@ def prepare(
   """
   if seed < 0:
     raise DataError(f'seed {seed} is negative; choose 0 or more')
-  trained, held_out, notes = _load(
-    train, eval, seed, train_examples, eval_examples
+  sources = [(train, None)] if isinstance(train, str) else list(train)
+  parts = load_parts(
+    sources,
+    eval,
+    seed=seed,
+    train_examples=train_examples,
+    eval_examples=eval_examples,
+    columns=columns,
   )
-  kept, duplicates = _drop_duplicates(trained, held_out, eval_examples)
+  kept, duplicates = separate(parts)
   if not kept:
     raise DataError(
       f'all {duplicates} held-out examples of {eval or train!r} occur in'
       ' training; name another source in data.eval'
     )
-  make = functools.partial(
-    _examples, tokenizer, max_length, max_lost, vocab_size
+  made = [recipe.make_all(part.trained) for part in parts]
+  held_out = recipe.make_all(kept)
+  mixture = Mixture(
+    tuple(len(each.examples) for each in made),
+    tuple(weight for _, weight in sources),
   )
-  (train_set, train_fit), (eval_set, eval_fit) = make(trained), make(kept)
-  report = DataReport(
-    examples=len(train_set),
+  mixture.require_all([name for name, _ in sources])
+  examples = [example for each in made for example in each.examples]
+  report = count(
+    examples,
+    [*made, held_out],
+    packing_efficiency(examples, max_length=recipe.max_length, pack=pack),
+    _notes(parts, mixture, recipe),
     eval_examples=len(kept),
-    tokens=sum(map(len, train_set)),
-    trained_tokens=int(sum(e.loss_mask.sum() for e in train_set)),
-    packing_efficiency=packing_efficiency(
-      train_set, max_length=max_length, pack=pack
-    ),
-    cut=train_fit.cut + eval_fit.cut,
-    dropped=train_fit.dropped + eval_fit.dropped,
-    split=train_fit.split + eval_fit.split,
     duplicates=duplicates,
-    notes=tuple(notes),
   )
-  score, is_well_formed = _judges(kept)
   return Prepared(
-    tuple(train_set),
-    tuple(eval_set),
-    tuple(kept),
+    tuple(examples),
+    tuple(held_out.examples),
+    tuple(recipe.prepared(conversation)[0] for conversation in kept),
     report,
-    score,
-    is_well_formed,
+    mixture,
+    *judges(kept),
   )
 
 
-def _load(
-  train: str,
-  eval_: str | None,
-  seed: int,
-  train_examples: int | None,
+def count(
+  examples: Sequence[Example],
+  made: Sequence[Made],
+  packing: float,
+  notes: tuple[str, ...],
+  *,
   eval_examples: int,
-) -> tuple[list[Conversation], list[Conversation], list[str]]:
-  """Returns conversations to train on and to hold out, and notes."""
-  if eval_ is None and not is_task(train):
-    rows, note = load_conversations(
-      train, split='train', examples=None, seed=seed
-    )
-    trained, held_out = _hold_out(train, rows, eval_examples, seed)
-    said = f'{len(held_out)} of {len(rows)} held out, chosen by seed {seed}'
-    notes = [note, said]
-    if train_examples is not None and train_examples < len(trained):
-      notes.append(
-        f'data.train_examples leaves out {len(trained) - train_examples:,} of'
-        f' the other {len(trained):,} rows'
-      )
-    return trained[:train_examples], held_out, notes
-  rows, note = load_conversations(
-    train, split='train', examples=train_examples, seed=seed
-  )
-  source = eval_ or train
-  # A task is asked for more than is needed, since some repeat themselves.
-  drawn = 2 * eval_examples if is_task(source) else None
-  held_out, eval_note = load_conversations(
-    source, split='eval', examples=drawn, seed=seed
-  )
-  return rows, held_out, [note, eval_note]
+  duplicates: int,
+) -> DataReport:
+  """Returns the report on examples to train on.
 
-
-def _hold_out(
-  source: str, rows: list[Conversation], examples: int, seed: int
-) -> tuple[list[Conversation], list[Conversation]]:
-  n = min(examples, len(rows) // 10 or 1)
-  if len(rows) <= n:
-    raise DataError(
-      f'{source!r} has {len(rows)} row, none of which can be held out; give'
-      ' two or more, or name data.eval'
-    )
-  order = np.argsort(np.random.Philox(key=seed).random_raw(len(rows)))
-  chosen = set(order[:n].tolist())
-  held_out = [row for i, row in enumerate(rows) if i in chosen]
-  return [row for i, row in enumerate(rows) if i not in chosen], held_out
-
-
-def _drop_duplicates(
-  trained: Sequence[Conversation],
-  held_out: Iterable[Conversation],
-  limit: int,
-) -> tuple[list[Conversation], int]:
-  """Returns up to `limit` held-out ones, and how many were passed over.
-
-  Passed over are those whose prompt training has too.
+  Args:
+    examples: What is trained on.
+    made: These and the held-out ones, with what it took.
+    packing: Share of the places in rows that hold a token.
+    notes: What was decided about the sources.
+    eval_examples: Conversations held out.
+    duplicates: Those that were passed over.
   """
-  seen = {_prompt(conversation) for conversation in trained}
-  kept, duplicates = [], 0
-  for conversation in held_out:
-    if len(kept) == limit:
-      break
-    if _prompt(conversation) in seen:
-      duplicates += 1
-    else:
-      kept.append(conversation)
-  return kept, duplicates
+  return DataReport(
+    examples=len(examples),
+    eval_examples=eval_examples,
+    tokens=sum(map(len, examples)),
+    trained_tokens=int(sum(e.loss_mask.sum() for e in examples)),
+    packing_efficiency=packing,
+    cut=sum(each.fit.cut for each in made),
+    dropped=sum(each.fit.dropped for each in made),
+    split=sum(each.fit.split for each in made),
+    divided=sum(each.divided for each in made),
+    thoughts=sum(each.thoughts for each in made),
+    duplicates=duplicates,
+    notes=notes,
+  )
 
 
-def _prompt(conversation: Conversation) -> tuple[tuple[str, str], ...]:
-  return tuple((m.role, m.content.strip()) for m in conversation.prompt)
+def _notes(
+  parts: Sequence[Part], mixture: Mixture, recipe: Recipe
+) -> tuple[str, ...]:
+  fields = dict(recipe.template)
+  return (
+    *(note for part in parts for note in part.notes),
+    *_mix(parts, mixture),
+    *notes_on(recipe.tokenizer, fields),
+  )
 
 
-def _examples(
-  tokenizer: Tokenizer,
-  max_length: int,
-  max_lost: float,
-  vocab_size: int | None,
-  conversations: Sequence[Conversation],
-) -> tuple[list[Example], Fit]:
-  examples = [
-    tokenize(conversation, tokenizer, vocab_size=vocab_size)
-    for conversation in conversations
+def _mix(parts: Sequence[Part], mixture: Mixture) -> list[str]:
+  """Says what an epoch holds of each source, where there are several."""
+  counts, total = mixture.counts, sum(mixture.counts)
+  return [
+    f'{part.source}: {count:,} of {size:,} examples an epoch,'
+    f' {count / total:.1%} of it'
+    for part, count, size in zip(parts, counts, mixture.sizes, strict=True)
+    if len(parts) > 1
   ]
-  is_text = [conversation.is_text for conversation in conversations]
-  return fit(examples, is_text, max_length=max_length, max_lost=max_lost)
 
 
-def _judges(
+def judges(
   conversations: Sequence[Conversation],
 ) -> tuple[
   Callable[[str, Conversation], float] | None,
   Callable[[str, Conversation], bool] | None,
 ]:
-  """Returns the verifier and the judge of form of a task, or two Nones."""
-  if conversations[0].task is None:
+  """Returns the verifier and the judge of form of a task, or two Nones.
+
+  Args:
+    conversations: What is held out.
+  """
+  if any(conversation.task is None for conversation in conversations):
     return None, None
   shape = tasks.shape_of(c.reference for c in conversations)
   return tasks.score_answer, lambda completion, _: shape.fits(completion)

@@ -1,7 +1,7 @@
 """What was made of the data: counters, and two examples to look at."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +29,11 @@ class DataReport:
     trained_tokens: How many of them are learned.
     packing_efficiency: Share of the places in rows that hold a token.
     cut: Examples whose end was cut off, training and held out together.
-    dropped: Examples without a token to learn within a row, likewise.
+    dropped: Examples left out as too long, likewise.
     split: Plain texts that were split over several examples, likewise.
+    divided: Conversations made into several examples, since the chat template
+      rewrites earlier turns, likewise.
+    thoughts: Turns from which what is thought was dropped, likewise.
     duplicates: Held-out examples dropped since training has their prompt.
     notes: What was decided about the sources, a sentence each.
   """
@@ -44,6 +47,8 @@ class DataReport:
   dropped: int
   split: int
   duplicates: int
+  divided: int = 0
+  thoughts: int = 0
   notes: tuple[str, ...] = ()
 
   @property
@@ -62,7 +67,17 @@ class DataReport:
       ' whose prompt occurs in training',
       f'{self.cut:,} cut at the end, {self.dropped:,} dropped as too long,'
       f' {self.split:,} texts split',
+      *self._changes(),
     ]
+
+  def _changes(self) -> Iterator[str]:
+    if self.divided:
+      yield (
+        f'{self.divided:,} conversations divided, an example for each answer'
+        ' that the chat template writes differently once more follows'
+      )
+    if self.thoughts:
+      yield f'what is thought is dropped from {self.thoughts:,} turns'
 
 
 def show_examples(

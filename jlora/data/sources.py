@@ -2,36 +2,38 @@
 
 import itertools
 import os
-import re
+from collections.abc import Iterator
 
-from jlora.data import files, tasks
+from jlora.data import files, folders, hub, tasks
 from jlora.data.conversations import Conversation
+from jlora.data.rows import Columns, RowReader
 from jlora.errors import DataError
 
 _TASK = 'reasoning_gym:'
-_HUB = re.compile(r'[\w.-]+/[\w.-]+(:\w+)?')
-_OTHER_FILE = re.compile(
-  r'.*\.(json|csv|tsv|txt|parquet|arrow|yaml|gz|zip|zst)', re.IGNORECASE
-)
 
 
-def check_source(source: str) -> None:
-  """Finds what is wrong with a source's name before anything is loaded.
+def check_source(
+  source: str, *, split: str = 'train', whole: bool = True
+) -> None:
+  """Finds what is wrong with a source before anything is loaded.
 
   Args:
-    source: `reasoning_gym:TASK`, a .jsonl file, a folder that `datasets`
-      reads, or the `owner/name` of a dataset on the hub; the last two with
-      `:SPLIT` where it is not 'train'.
+    source: `reasoning_gym:TASK`, a data file (see `files.read_file`), a folder
+      of such files, or the `owner/name` of a dataset on the hub; the last two
+      with `:SPLIT` where it is not 'train'.
+    split: 'train' or 'eval': which of a folder's files are meant where the
+      source does not say.
+    whole: Whether files are looked at to their end; else their beginning.
 
   Raises:
-    DataError: The task or file does not exist, the file is damaged, or it is
+    DataError: The task or file does not exist, a file is damaged, or it is
       none of these.
   """
   kind = _kind(source)
   if kind == 'task':
     tasks.check_task(source.removeprefix(_TASK))
-  if kind == 'file':
-    files.check_file(source)
+  for path in files_of(source, split):
+    files.check_file(path, whole=whole)
 
 
 def is_task(source: str) -> bool:
@@ -40,26 +42,107 @@ def is_task(source: str) -> bool:
 
 
 def _kind(source: str) -> str:
-  """Returns 'task', 'file' or 'hub'; a folder counts as the last."""
+  """Returns 'task', 'file', 'folder' or 'hub'."""
   if is_task(source):
     return 'task'
-  if source.endswith('.jsonl'):
+  if os.path.isdir(_folder(source)):
+    return 'folder'
+  if files.is_data_file(source):
     return 'file'
-  if _OTHER_FILE.fullmatch(source) or os.path.isfile(source):
+  kinds = ', '.join(files.READERS)
+  if os.path.isfile(source):
     raise DataError(
-      f'data file {source!r} is no .jsonl file; write one JSON object a line'
-      ' into one'
+      f'data file {source!r} is of no kind that is read ({kinds}); write it as'
+      ' one of them, or unpack it'
     )
-  if os.path.isdir(source.partition(':')[0]) or _HUB.fullmatch(source):
+  if hub.is_hub_id(source):
     return 'hub'
   raise DataError(
-    f'data source {source!r} is none of reasoning_gym:TASK, FILE.jsonl, an'
-    ' existing folder and the owner/name of a dataset on the hub'
+    f'data source {source!r} is none of reasoning_gym:TASK, a data file'
+    f' ({kinds}), an existing folder and the owner/name of a dataset on the hub'
   )
 
 
+def _folder(source: str) -> str:
+  """Returns a source without its split."""
+  return source if os.path.isdir(source) else source.rpartition(':')[0]
+
+
+def files_of(source: str, split: str) -> list[str]:
+  """Returns the local files of a source; of a task or the hub there is none.
+
+  Args:
+    source: As in `check_source`.
+    split: Likewise.
+
+  Raises:
+    DataError: A folder has no files of the split.
+  """
+  kind = _kind(source)
+  if kind == 'folder':
+    folder = _folder(source)
+    named = source.removeprefix(folder).removeprefix(':')
+    if not named:
+      has_valid = split == 'eval' and folders.has_split(folder, 'valid')
+      named = 'valid' if has_valid else 'train'
+    return folders.split_files(folder, named)
+  return [source] if kind == 'file' else []
+
+
+def held_out_source(source: str) -> str | None:
+  """Returns where a folder has its own held-out data; None where it has none.
+
+  Args:
+    source: What is trained on, as in `check_source`.
+  """
+  is_whole = os.path.isdir(source) and not is_task(source)
+  if is_whole and folders.has_split(source, 'valid'):
+    return f'{source}:valid'
+  return None
+
+
+def open_rows(
+  source: str, *, split: str, stream: bool = False
+) -> Iterator[files.Row]:
+  """Yields the rows of a file, a folder or a dataset of the hub.
+
+  Args:
+    source: As in `check_source`; no task.
+    split: Likewise.
+    stream: Whether a dataset of the hub is fetched as it is read.
+
+  Raises:
+    DataError: The source is wrong or damaged.
+  """
+  if _kind(source) == 'hub':
+    yield from hub.read_hub(source, stream=stream)
+  for path in files_of(source, split):
+    yield from files.read_file(path)
+
+
+def draw_conversations(
+  source: str, *, split: str, seed: int
+) -> Iterator[Conversation]:
+  """Yields the questions of a task, without end.
+
+  Args:
+    source: `reasoning_gym:TASK`.
+    split: 'train' or 'eval', which share none.
+    seed: Which stream of training questions.
+
+  Raises:
+    DataError: There is no such task, or it cannot be drawn.
+  """
+  return tasks.draw_task(source.removeprefix(_TASK), split=split, seed=seed)
+
+
 def load_conversations(
-  source: str, *, split: str, examples: int | None, seed: int = 0
+  source: str,
+  *,
+  split: str,
+  examples: int | None,
+  seed: int = 0,
+  columns: Columns = (),
 ) -> tuple[list[Conversation], str]:
   """Reads a source.
 
@@ -69,6 +152,7 @@ def load_conversations(
     examples: How many to read, from the start; None reads all of them, which
       a task does not have.
     seed: Which stream of a task's training questions.
+    columns: Pairs of a field and the column that holds it.
 
   Returns:
     The conversations, and a line that says what was read.
@@ -76,16 +160,19 @@ def load_conversations(
   Raises:
     DataError: The source is wrong, empty, or a row of it is malformed.
   """
-  if _kind(source) == 'task':
+  if is_task(source):
     if examples is None:
       raise DataError(
         f'{source!r} has no end; set data.{split}_examples to a number'
       )
-    drawn = tasks.draw_task(source.removeprefix(_TASK), split=split, seed=seed)
+    drawn = draw_conversations(source, split=split, seed=seed)
     rows = list(itertools.islice(drawn, examples))
     return rows, f'{source}: {len(rows)} {split} questions drawn'
-  load = files.load_file if _kind(source) == 'file' else files.load_hub
-  rows, row_format = load(source, examples=examples)
+  reader = RowReader(source, columns)
+  located = open_rows(source, split=split)
+  rows = [reader.read(*row) for row in itertools.islice(located, examples)]
   if not rows:
     raise DataError(f'{source!r} holds no row; give at least one')
-  return rows, f'{source}: {len(rows)} rows read as {row_format!r}'
+  if examples is None:
+    reader.check_seen()
+  return rows, f'{source}: {len(rows)} rows read as {reader.format!r}'

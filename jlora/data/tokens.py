@@ -4,21 +4,34 @@ The mask comes from rendering prefixes. Let P be the conversation before a turn
 with the header of the answer, and F the conversation up to the turn's end:
 what F adds to P is what the model has to say, and P is exactly what it is
 given when it answers.
+
+Some templates write a turn differently once more follow: Qwen3's leaves out
+what was thought, Mistral's moves the system turn to the last question. F is
+then no beginning of the whole, and such an answer becomes an example of its
+own, which ends with it.
 """
 
 import dataclasses
 from typing import TYPE_CHECKING, Any
 
-import jinja2
 import numpy as np
 
-from jlora.data.conversations import Conversation, Message
+from jlora.data.conversations import Conversation
+from jlora.data.templates import (
+  check_written,
+  is_closed,
+  render,
+  said_in,
+  special_tokens,
+)
 from jlora.errors import DataError
 
 if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerFast as Tokenizer
 else:
   Tokenizer = Any
+
+LEARN = ('completions', 'last', 'all')
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,25 +61,13 @@ class Example:
     return int(np.flatnonzero(self.loss_mask).max(initial=0))
 
 
-def check_template(tokenizer: Tokenizer) -> None:
-  """Requires a chat template.
-
-  Raises:
-    DataError: The tokenizer has none.
-  """
-  if not getattr(tokenizer, 'chat_template', None):
-    raise DataError(
-      "the base's tokenizer has no chat template; use a base that was tuned for"
-      " chat, or rows of 'text'"
-    )
-
-
 def tokenize(
   conversation: Conversation,
   tokenizer: Tokenizer,
   *,
+  learn: str = 'completions',
   vocab_size: int | None = None,
-) -> Example:
+) -> list[Example]:
   """Returns a conversation as tokens, at its full length.
 
   A trained turn is learned up to and with the token that ends it. The template
@@ -76,28 +77,35 @@ def tokenize(
   Args:
     conversation: What to tokenize.
     tokenizer: A fast tokenizer of transformers, with its chat template.
+    learn: 'completions', every trained turn; 'last', the last of them; or
+      'all', whatever the template writes.
     vocab_size: Rows of the embedding; None does not check the ids.
 
   Returns:
-    The example.
+    One example, or several where the template rewrites earlier turns.
 
   Raises:
-    DataError: There is no chat template, it refuses the conversation or
-      rewrites earlier turns, nothing ends a turn, or an id has no row.
+    DataError: There is no chat template, it refuses the conversation, leaves
+      something out or opens answers with what they do not begin with, nothing
+      ends a turn, or an id has no row.
   """
   if conversation.is_text:
     tokens = _encode(conversation.reference, tokenizer, special=True)
     tokens = _with_end(tokens, tokenizer)
-    mask = np.ones(len(tokens), bool)
+    pairs = [(tokens, np.ones(len(tokens), bool))]
+  elif learn == 'all':
+    pairs = [_learn_all(conversation, tokenizer)]
   else:
-    tokens, mask = _tokenize_turns(conversation.messages, tokenizer)
-  mask[:1] = False
-  if vocab_size is not None and tokens.max(initial=0) >= vocab_size:
-    raise DataError(
-      f'token id {tokens.max()} has no row in the embedding of {vocab_size}'
-      ' rows; use the tokenizer that belongs to the base'
-    )
-  return Example(tokens, mask)
+    last_only = learn == 'last'
+    pairs = _learn_turns(conversation, tokenizer, last_only=last_only)
+  for tokens, mask in pairs:
+    mask[:1] = False
+    if vocab_size is not None and tokens.max(initial=0) >= vocab_size:
+      raise DataError(
+        f'token id {tokens.max()} has no row in the embedding of {vocab_size}'
+        ' rows; use the tokenizer that belongs to the base'
+      )
+  return [Example(tokens, mask) for tokens, mask in pairs]
 
 
 def prompt_tokens(
@@ -121,34 +129,89 @@ def prompt_tokens(
       f'plain text {conversation.reference[:40]!r} has no prompt; generate from'
       ' rows with questions'
     )
-  text = _render(conversation.prompt, tokenizer, header=True)
+  text = render(conversation, conversation.prompt, tokenizer, header=True)
   return _encode(text, tokenizer)
 
 
-def _tokenize_turns(
-  messages: tuple[Message, ...], tokenizer: Tokenizer
+def _learn_all(
+  conversation: Conversation, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-  check_template(tokenizer)
-  whole = _render(messages, tokenizer)
+  check_written(conversation, tokenizer)
+  text = render(conversation, conversation.messages, tokenizer)
+  tokens = _encode(text, tokenizer)
+  if not is_closed(text, tokenizer):
+    tokens = _with_end(tokens, tokenizer)
+  return tokens, np.ones(len(tokens), bool)
+
+
+def _learn_turns(
+  conversation: Conversation, tokenizer: Tokenizer, *, last_only: bool
+) -> list[tuple[np.ndarray, np.ndarray]]:
+  """Returns tokens and masks, as few examples as the template allows."""
+  check_written(conversation, tokenizer)
+  messages = conversation.messages
+  whole = render(conversation, messages, tokenizer)
+  left = [k for k, message in enumerate(messages) if message.trained]
+  left = left[-1:] if last_only else left
+  turns = {k: _Turn.of(conversation, k, tokenizer, whole) for k in left}
+  made, count = [], len(messages)
+  while left:
+    here = [k for k in left if whole.startswith(turns[k].said)]
+    if here:
+      ended = messages[count - 1].trained and here[-1] == count - 1
+      pair = _mask([turns[k] for k in here], whole, tokenizer, ended)
+      made.append(pair)
+    left = [k for k in left if k not in here]
+    if left:
+      count = left[-1] + 1
+      whole = turns[left[-1]].said
+  return made[::-1]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Turn:
+  """A turn to learn: the text before it, with its header, and up to its end."""
+
+  given: str
+  said: str
+
+  @classmethod
+  def of(
+    cls, conversation: Conversation, k: int, tokenizer: Tokenizer, whole: str
+  ) -> '_Turn':
+    messages = conversation.messages
+    given = render(conversation, messages[:k], tokenizer, header=True)
+    said = whole
+    if k < len(messages) - 1:
+      said = render(conversation, messages[: k + 1], tokenizer)
+    if not said.startswith(given):
+      where = f'{conversation.where}: ' if conversation.where else ''
+      raise DataError(
+        f'{where}the chat template opens an answer with {given[-30:]!r}, but'
+        f' turn {k + 1} of {len(messages)} does not begin with that, so what'
+        ' was said there cannot be told apart; use another template'
+      )
+    return cls(given, said_in(said, tokenizer))
+
+
+def _mask(
+  turns: list[_Turn], whole: str, tokenizer: Tokenizer, ended: bool
+) -> tuple[np.ndarray, np.ndarray]:
+  """Returns a text as tokens, and which of them turns of it say.
+
+  `ended` is whether the last of the turns is the end of the text.
+  """
   tokens = _encode(whole, tokenizer)
   mask = np.zeros(len(tokens), bool)
-  ends = _ends(tokenizer)
-  for k, message in enumerate(messages):
-    if not message.trained:
-      continue
-    given = _render(messages[:k], tokenizer, header=True)
-    said = _render(messages[: k + 1], tokenizer)
-    if not (said.startswith(given) and whole.startswith(said)):
-      raise DataError(
-        f'the chat template rewrites what comes before turn {k + 1} of'
-        f' {len(messages)} once more follows, so what was said there cannot be'
-        ' told apart; give conversations with one answer, or another template'
-      )
-    start = _common(_encode(given, tokenizer), tokens)
-    stop = _common(_encode(said, tokenizer), tokens)
+  ends = special_tokens(tokenizer)[0]
+  for turn in turns:
+    start = _common(_encode(turn.given, tokenizer), tokens)
+    stop = len(tokens)
+    if turn.said != whole:
+      stop = _common(_encode(turn.said, tokenizer), tokens)
     mask[start : _turn_end(tokens, start, stop, ends)] = True
-  if messages[-1].trained and not (mask.any() and _last(tokens, mask) in ends):
-    tokens, mask = _close(tokens, mask, tokenizer)
+  if ended and not (mask.any() and _last(tokens, mask) in ends):
+    return _close(tokens, mask, tokenizer)
   return tokens, mask
 
 
@@ -191,36 +254,11 @@ def _with_end(tokens: np.ndarray, tokenizer: Tokenizer) -> np.ndarray:
   return np.append(tokens, np.int32(end))
 
 
-def _ends(tokenizer: Tokenizer) -> frozenset[int]:
-  """Returns the special tokens, one of which ends a turn."""
-  added = tokenizer.added_tokens_decoder
-  special = {id_ for id_, token in added.items() if token.special}
-  return frozenset(special | set(tokenizer.all_special_ids))
-
-
 def _common(a: np.ndarray, b: np.ndarray) -> int:
   """Returns the length of the longest common prefix."""
   n = min(len(a), len(b))
   different = np.flatnonzero(a[:n] != b[:n])
   return int(different[0]) if len(different) else n
-
-
-def _render(
-  messages: tuple[Message, ...], tokenizer: Tokenizer, *, header: bool = False
-) -> str:
-  """Returns the text of turns; `header` opens an answer after them."""
-  check_template(tokenizer)
-  turns = [{'role': m.role, 'content': m.content} for m in messages]
-  try:
-    return tokenizer.apply_chat_template(
-      turns, tokenize=False, add_generation_prompt=header
-    )
-  except jinja2.TemplateError as error:
-    roles = ', '.join(message.role for message in messages)
-    raise DataError(
-      f'the chat template refuses a conversation of {roles}: {error}; change'
-      ' the roles, or use another base'
-    ) from error
 
 
 def _encode(

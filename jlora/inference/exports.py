@@ -11,6 +11,7 @@ import numpy as np
 
 from jlora.checkpoints.bases import open_base
 from jlora.checkpoints.folders import replacing
+from jlora.checkpoints.gguf_writer import plan_gguf, save_gguf
 from jlora.checkpoints.model_folders import (
   MAX_SHARD_SIZE,
   check_dtype,
@@ -74,6 +75,32 @@ def write_merged(
     max_shard_size=files.max_shard_size,
   )
   return distance
+
+
+def write_gguf(tuned: Tuned, out: os.PathLike[str], kind: str) -> str:
+  """Writes base and adapter as one GGUF file.
+
+  Args:
+    tuned: The model.
+    out: The file.
+    kind: What weights are rounded to, in GGUF's words.
+
+  Returns:
+    What the file holds, in one line.
+
+  Raises:
+    ConfigError: GGUF cannot express the model or its tokenizer.
+    CheckpointError: The disk refused.
+  """
+  plan = plan_gguf(
+    tuned.base.config,
+    tuned.base.tokenizer,
+    kind,
+    eos_token_ids=tuned.base.eos_token_ids,
+    title=pathlib.Path(out).stem,
+  )
+  save_gguf(out, plan, tuned.dense('float32'))
+  return plan.describe()
 
 
 def write_peft(tuned: Tuned, out: os.PathLike[str]) -> None:

@@ -20,7 +20,10 @@ from jlora.core.state import TrainState
 from jlora.data.batch import Batch
 from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
+from jlora.data.recipe import Recipe
 from jlora.data.report import show_examples
+from jlora.data.stream_loader import StreamLoader
+from jlora.data.streaming import prepare_stream
 from jlora.errors import DataError
 from jlora.models import layout
 from jlora.models.decoder import Decoder
@@ -71,7 +74,7 @@ class Job:
   base: Base
   data: Prepared
   digest: str
-  loader: Loader
+  loader: Loader | StreamLoader
   held_out: list[Batch]
   steps: int
   frozen: Any
@@ -213,32 +216,51 @@ def load_data(spec: RunSpec, base: Base) -> Prepared:
   Raises:
     DataError: A source is missing, malformed or too small.
   """
-  return prepare(
-    spec.data.train,
-    spec.data.eval,
-    base.tokenizer,
-    max_length=spec.data.max_length,
-    pack=spec.data.pack,
-    seed=spec.seed,
-    train_examples=spec.data.train_examples,
-    eval_examples=spec.data.eval_examples,
+  data = spec.data
+  recipe = Recipe(
+    tokenizer=base.tokenizer,
+    max_length=data.max_length,
+    learn=data.learn,
+    thinking=data.thinking,
+    template=data.template,
+    too_long=data.too_long,
     vocab_size=base.config.vocab_size,
+  )
+  options = {
+    'pack': data.pack,
+    'seed': spec.seed,
+    'train_examples': data.train_examples,
+    'eval_examples': data.eval_examples,
+    'columns': data.columns,
+  }
+  if not data.stream:
+    return prepare(data.train, data.eval, recipe, **options)
+  return prepare_stream(
+    data.sources,
+    data.eval,
+    recipe,
+    batch_size=spec.train.batch_size,
+    buffer=data.shuffle_buffer,
+    **options,
   )
 
 
-def make_loader(spec: RunSpec, data: Prepared) -> Loader:
+def make_loader(spec: RunSpec, data: Prepared) -> Loader | StreamLoader:
   """Returns the batches of a run by step.
 
   Args:
     spec: The run.
     data: Its examples.
   """
+  if isinstance(data.order, StreamLoader):
+    return data.order
   return Loader(
     data.train,
     batch_size=spec.train.batch_size,
     max_length=spec.data.max_length,
     pack=spec.data.pack,
     seed=spec.seed,
+    mixture=data.order,
   )
 
 

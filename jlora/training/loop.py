@@ -116,6 +116,7 @@ def _start(
   if found is None:
     return _measure_base(job, folder, console)
   state, record = found
+  job.loader.seek(record.get('data') or {})
   progress = Progress(state, **record['progress'])
   console.print(f'continuing after step {progress.step}')
   if progress.step < job.steps:
@@ -161,7 +162,11 @@ def _advance(
       if last or step % spec.eval.every == 0:
         bar.say(_evaluate(job, folder, progress, metrics))
       if last or stopping or step % spec.train.checkpoint_every == 0:
-        record = {'origin': job.origin, 'progress': progress.record()}
+        record = {
+          'origin': job.origin,
+          'progress': progress.record(),
+          'data': job.loader.state(step),
+        }
         checkpoints.save(progress.state, record)
       if stopping and not last:
         bar.say(f'stopped after step {step}; the same command continues')
@@ -208,6 +213,8 @@ def _finish(
   artifacts.save_trained(job, folder, name, trainable, progress.step)
   artifacts.write_samples(job, folder, progress.texts, answers.texts)
   artifacts.write_summary(job, folder, progress, metrics, after)
+  for line in job.loader.lines():
+    console.print(line, markup=False)
   console.print(f'base:  {evaluation.sentence(before)}')
   console.print(f'tuned: {evaluation.sentence(after)}')
   console.print(f'written to {folder.root.absolute()}')

@@ -10,50 +10,12 @@ from jlora.core.quantization import QuantSpec
 from jlora.core.targets import as_pairs
 from jlora.errors import ConfigError
 from jlora.parallel.rules import Names, Rules
+from jlora.training.checks import choose, require
+from jlora.training.data_spec import DataSpec
 from jlora.training.optimizers import OptimSpec
 
 REMAT = ('none', 'dots', 'full')
 DTYPES = ('auto', 'float32', 'bfloat16')
-
-
-def _require(section: str, spec: Any, *fields: str, least: int = 1) -> None:
-  for field in fields:
-    value = getattr(spec, field)
-    if value is not None and value < least:
-      raise ConfigError(
-        f'{section}.{field} is {value}; it must be {least} or more'
-      )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class DataSpec:
-  """What is trained on and what is held out.
-
-  Attributes:
-    train: `reasoning_gym:TASK`, a .jsonl file, or a hub id.
-    eval: Likewise; None holds out a share of `train`.
-    max_length: Tokens a row.
-    pack: Whether several examples share a row.
-    train_examples: Examples to train on; None is all. A generator needs it.
-    eval_examples: Examples held out.
-  """
-
-  train: str
-  eval: str | None = None
-  max_length: int = 256
-  pack: bool = True
-  train_examples: int | None = None
-  eval_examples: int = 200
-
-  def __post_init__(self) -> None:
-    """Checks the fields."""
-    if not self.train:
-      raise ConfigError('data.train is empty; name a .jsonl file or a source')
-    if self.max_length < 2:
-      raise ConfigError(
-        f'data.max_length is {self.max_length}; it must be 2 tokens or more'
-      )
-    _require('data', self, 'train_examples', 'eval_examples')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +47,7 @@ class TrainSpec:
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    _require(
+    require(
       'train',
       self,
       'batch_size',
@@ -109,10 +71,7 @@ class TrainSpec:
       raise ConfigError(
         f'train.steps or epochs is {length}; it must be above 0 and finite'
       )
-    if self.remat not in REMAT:
-      raise ConfigError(f'train.remat {self.remat!r} is none of {REMAT}')
-    if self.dtype not in DTYPES:
-      raise ConfigError(f'train.dtype {self.dtype!r} is none of {DTYPES}')
+    choose('train', self, remat=REMAT, dtype=DTYPES)
 
   def rows(self, devices: int) -> int:
     """Returns the rows of a microbatch on each device.
@@ -143,8 +102,8 @@ class EvalSpec:
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    _require('eval', self, 'every', 'max_new_tokens', 'batch_size')
-    _require('eval', self, 'examples', 'samples', least=0)
+    require('eval', self, 'every', 'max_new_tokens', 'batch_size')
+    require('eval', self, 'examples', 'samples', least=0)
 
 
 def _mesh_axes(names: Any) -> Names:
@@ -213,7 +172,7 @@ class LogSpec:
 
   def __post_init__(self) -> None:
     """Checks the fields."""
-    _require('log', self, 'every')
+    require('log', self, 'every')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -236,10 +195,24 @@ class RunSpec:
     if not 0 <= self.seed < 1 << 32:
       raise ConfigError(f'seed is {self.seed}; it must be in [0, 2^32)')
 
+    if self.data.stream:
+      self._check_stream()
     if self.lora.init == 'loftq' and self.quant is None:
       raise ConfigError(
         "lora.init 'loftq' starts from the error of quantization, and quant is"
         " None; start from experiments/qlora.py, or use 'pissa'"
+      )
+
+  def _check_stream(self) -> None:
+    if self.train.steps is None:
+      raise ConfigError(
+        f'train.epochs is {self.train.epochs}, but with data.stream nobody'
+        ' knows how long the data is; set train.steps'
+      )
+    if self.data.shuffle_buffer < self.train.batch_size:
+      raise ConfigError(
+        f'data.shuffle_buffer is {self.data.shuffle_buffer}, fewer examples'
+        f' than the {self.train.batch_size} rows of train.batch_size; raise it'
       )
 
   @property

@@ -150,6 +150,29 @@ def _add_tensor(writer, config, name, tensor, kind):
 
 
 @pytest.fixture(scope='session')
+def pieces_of_text():
+  """Metadata of a small SentencePiece model, as llama.cpp stores it."""
+  special = ['<unk>', '<s>', '</s>', '<|user|>']
+  found = [f'<0x{i:02X}>' for i in range(256)]
+  words = ['▁the', '▁th', 'he', '▁t', 'er', '▁a', '▁▁', '▁▁▁', 'ou', '▁you']
+  words += ['hello', 'hell', 'lo', 'll', 'el', '▁world', '▁w', 'or', 'ld']
+  words += ['中文', '\n\n', *sorted(set('▁etaohilrsduwnmfy.,12中文é'))]
+  tokens = special + found + words
+  types = [2, 3, 3, 4, *[6] * 256, *[1] * len(words)]
+  scores = [0.0] * 260 + [-float(i) for i in range(len(words))]
+  key = 'tokenizer.ggml'
+  return {
+    f'{key}.model': 'llama',
+    f'{key}.tokens': tokens,
+    f'{key}.scores': np.asarray(scores, np.float32),
+    f'{key}.token_type': np.asarray(types, np.int32),
+    f'{key}.bos_token_id': 1,
+    f'{key}.eos_token_id': 2,
+    f'{key}.unknown_token_id': 0,
+  }
+
+
+@pytest.fixture(scope='session')
 def tiny_gguf(write_gguf, tmp_path_factory):
   return write_gguf(tmp_path_factory.mktemp('gguf') / 'tiny.gguf')
 

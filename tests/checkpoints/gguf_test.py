@@ -54,6 +54,48 @@ def test_tensors_are_dequantized_as_by_the_package(
     np.testing.assert_array_equal(file.read(entry.name), expected)
 
 
+def decoded_kinds():
+  """Encodings that the package dequantizes."""
+  for kind, (_, size) in gguf.GGML_QUANT_SIZES.items():
+    try:
+      gguf.quants.dequantize(np.zeros((1, size), np.uint8), kind)
+    except NotImplementedError:
+      continue
+    yield kind
+
+
+@pytest.mark.filterwarnings('ignore::RuntimeWarning')  # bytes that mean NaN
+@pytest.mark.parametrize('kind', list(decoded_kinds()), ids=lambda k: k.name)
+def test_parts_of_every_encoding_are_those_of_the_package(
+  kind, tmp_path, monkeypatch
+):
+  monkeypatch.setattr('jlora.checkpoints.gguf._CHUNK', 3000)  # several chunks
+  block, size = gguf.GGML_QUANT_SIZES[kind]
+  width = max(block, 256) * 3
+  raw = np.random.default_rng(0).integers(
+    0, 256, (7, width // block * size), 'u1'
+  )
+  writer = gguf.GGUFWriter(tmp_path / 'x.gguf', 'llama')
+  writer.add_tensor('t', raw, raw_dtype=kind)
+  for step in ('header', 'kv_data', 'tensors'):
+    getattr(writer, f'write_{step}_to_file')()
+  writer.close()
+  expected = gguf.quants.dequantize(raw, kind)
+  file = GgufFile(tmp_path / 'x.gguf')
+  np.testing.assert_array_equal(file.read('t'), expected)
+  for rows in (slice(2, 5), np.array([6, 0, 3])):
+    for columns in (slice(None), slice(0, 3), slice(block - 1, width - 9)):
+      part = file.read('t', rows=rows, columns=columns)
+      np.testing.assert_array_equal(part, expected[rows, columns])
+
+
+def test_an_encoding_that_is_not_decoded_is_refused_as_it_is_opened(tmp_path):
+  entry = tensor(shape=(256,), kind=gguf.GGMLQuantizationType.Q8_K)
+  path = write(tmp_path / 'x.gguf', tensors=1, rest=entry + bytes(400))
+  with pytest.raises(BaseModelError, match='t is encoded as Q8_K'):
+    GgufFile(path)
+
+
 def test_every_truncation_is_refused(tiny_gguf, tmp_path):
   whole = tiny_gguf.read_bytes()
   path = tmp_path / 'cut.gguf'

@@ -1,10 +1,12 @@
 import dataclasses
 
+import gguf
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jlora.checkpoints.llama_cpp import GgufModel, rotary_rows
+from jlora.checkpoints.gguf_layout import rotary_rows
+from jlora.checkpoints.llama_cpp import GgufModel
 from jlora.checkpoints.weights import load_params
 from jlora.errors import BaseModelError
 from jlora.models import rotary
@@ -76,7 +78,11 @@ def test_the_stretch_of_llama_3_is_recognized(
     ({'keys': {'block_count': 2**31}}, 'num_hidden_layers=2147483648'),
     ({'keys': {'attention.head_count': 0}}, 'num_attention_heads=0'),
     ({'keys': {'attention.head_count_kv': 3}}, 'do not divide'),
-    ({'keys': {'expert_count': 8}}, 'expert_count=8'),
+    ({'keys': {'expert_count': 8}}, 'llama.expert_used_count'),
+    (
+      {'keys': {'expert_count': 8, 'expert_used_count': 2}},
+      'lacks .*ffn_gate_exps',
+    ),
     ({'keys': {'rope.dimension_count': 8}}, 'rope.dimension_count=8'),
   ],
 )
@@ -86,6 +92,25 @@ def test_another_model_than_announced_is_refused(
   path = write_gguf(tmp_path / 'x.gguf', **changes)
   with pytest.raises(BaseModelError, match=message):
     GgufModel(path)
+
+
+def test_a_window_that_llama_cpp_leaves_out_is_said(
+  write_gguf, tmp_path, tiny_config
+):
+  keys = {'attention.sliding_window': 32}
+  path = write_gguf(tmp_path / 'x.gguf', keys=keys)
+  with pytest.warns(UserWarning, match='sliding_window=32, which llama.cpp'):
+    assert GgufModel(path).config == tiny_config
+
+
+def test_a_part_of_a_model_is_refused_with_how_to_join_them(tmp_path):
+  writer = gguf.GGUFWriter(tmp_path / 'x.gguf', 'llama')
+  writer.add_uint16('split.count', 3)
+  for step in ('header', 'kv_data', 'tensors'):
+    getattr(writer, f'write_{step}_to_file')()
+  writer.close()
+  with pytest.raises(BaseModelError, match=r'one of 3 parts.*--merge'):
+    GgufModel(tmp_path / 'x.gguf')
 
 
 def test_another_architecture_is_refused(write_gguf, tmp_path):

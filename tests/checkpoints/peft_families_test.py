@@ -1,5 +1,6 @@
 """PEFT adapters of every family, both ways."""
 
+import itertools
 import json
 
 import jax
@@ -12,6 +13,7 @@ from jlora.checkpoints.peft import load_adapter
 from jlora.errors import AdapterError
 from jlora.models.decoder import Decoder
 from tests.decoders import (
+  ROWS,
   assert_near,
   make_config,
   make_oracle,
@@ -22,6 +24,7 @@ TOKENS = np.arange(24).reshape(2, 12) * 5 % 96
 
 pytestmark = [
   pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning'),
+  pytest.mark.filterwarnings('ignore:fan_in_fan_out is set to True'),
   # PEFT fuses the pairs of experts, then misses the modules of its own pattern.
   pytest.mark.filterwarnings('ignore:The following .*_pattern keys did not'),
 ]
@@ -80,6 +83,41 @@ def test_logits_of_an_adapter_of_peft(family_config, tmp_path):
   loaded = load_adapter(tmp_path / 'adapter', family_config)
   found = merged_logits(family_config, params, loaded.spec, loaded.trainable)
   assert_near(found, torch_logits(model))
+
+
+METHODS = {
+  'dora': {'variant': 'dora', 'scaling': 'rslora', 'targets': 'all-linear'},
+  'embeddings': {'targets': ('embed/embedding', '.*/o_proj/kernel')},
+  'rows': {'train_rows': {'embed/embedding': (3, 5)}, 'targets': 'attention'},
+}
+ONE_A_FAMILY = sorted({name.split()[0]: name for name in ROWS}.values())
+
+
+CASES = [
+  *((name, 'dora') for name in ONE_A_FAMILY),
+  # Scaled, beside a table of positions, and apart from the head.
+  *itertools.product(
+    ('gemma2', 'gpt2', 'phi3 partly rotated'), ('embeddings', 'rows')
+  ),
+]
+
+
+@pytest.mark.parametrize(('name', 'method'), CASES)
+def test_peft_computes_other_methods(name, method, make_adapted, tmp_path):
+  config = make_config(name)
+  adapted = make_adapted(config=config, **METHODS[method])
+  if method == 'dora' and config.experts:
+    with pytest.raises(AdapterError, match='DoRA of experts'):
+      adapted.save(tmp_path / 'adapter')
+    return
+  adapted.save(tmp_path / 'adapter')
+  base = make_oracle(config, adapted.params)
+  model = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter')
+  expected = merged_logits(
+    config, adapted.params, adapted.spec, adapted.trainable
+  )
+  assert_near(torch_logits(model), expected)
+  adapted.expect_same_bytes_again(tmp_path / 'adapter')
 
 
 @pytest.mark.parametrize('name', ['gate_up_proj', 'experts.down_proj'])

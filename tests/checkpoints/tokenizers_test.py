@@ -1,31 +1,14 @@
 import copy
-import random
 
+import gguf
+import numpy as np
 import pytest
 
 from jlora.checkpoints import tokenizers
+from jlora.checkpoints.cuts import CUTS
 from jlora.checkpoints.gguf import GgufFile
 from jlora.errors import BaseModelError
-
-PARTS = (
-  'hello', ' World', ' the', "don't", "I'LL", 'naïve', 'é', 'ß', 'İ', '𝔘',
-  'a' * 30, '中文字', '日本語', '🙂', '👩‍👩‍👧', '\u200d', '\ufeff',
-  '\u00a0', '\u3000', ' ', '  ', '    ', '\n', '\n\n', '\r\n', '\t', '\x00',
-  '\x7f', '1', '42', '3.14', '１２', '½', '²', '०१', '{"a": [1, 2]}', '==',
-  'def f(x):\n    return x ** 2',
-  'http://x.y/z?q=1&r=2', '<|im_start|>', '<|im_end|>', '<|endoftext|>',
-  '<|im_', 'user\n', '<repo_name>',
-)  # fmt: skip
-
-
-def strings(count):
-  rng = random.Random(0)
-  for i in range(count):
-    if i % 4:
-      yield ''.join(rng.choices(PARTS, k=rng.randint(1, 12)))
-      continue
-    ranges = [(32, 127), (160, 0x3000), (0x1F300, 0x1FAFF)]
-    yield ''.join(chr(rng.randrange(*rng.choice(ranges))) for _ in range(30))
+from tests.texts import spaced, strings
 
 
 def transformers_tokenizer(path):
@@ -74,16 +57,134 @@ def test_2000_strings_have_the_tokens_of_transformers(real_gguf):
   )
 
 
+def pieces(name, text):
+  return [p for p, _ in CUTS[name].pre_tokenizer.pre_tokenize_str(text)]
+
+
 def test_spaces_before_a_number_stay_one_token():
-  pre = tokenizers._pre_tokenizer('smollm')
-  pieces = [piece for piece, _ in pre.pre_tokenize_str('a\n\n12')]
-  assert pieces == ['a', 'ĊĊ', '1', '2']
+  assert pieces('smollm', 'a\n\n12') == ['a', 'ĊĊ', '1', '2']
 
 
-def test_llama_3_cuts_numbers_into_threes():
-  pre = tokenizers._pre_tokenizer('llama-bpe')
-  pieces = [piece for piece, _ in pre.pre_tokenize_str("I'LL pay 12345\n\n")]
-  assert pieces == ['I', "'LL", 'Ġpay', 'Ġ', '123', '45', 'ĊĊ']
+@pytest.mark.parametrize(
+  ('name', 'cut'),
+  [
+    ('gpt-2', ['I', "'", 'LL', 'Ġpay', 'Ġ12345', 'ĊĊ']),
+    ('smollm', ['I', "'", 'LL', 'Ġpay', 'Ġ', *'12345', 'ĊĊ']),
+    ('llama-bpe', ['I', "'LL", 'Ġpay', 'Ġ', '123', '45', 'ĊĊ']),
+    ('dbrx', ['I', "'LL", 'Ġpay', 'Ġ', '123', '45', 'ĊĊ']),
+    ('qwen2', ['I', "'LL", 'Ġpay', 'Ġ', *'12345', 'ĊĊ']),
+    ('tekken', ['I', "'LL", 'Ġpay', 'Ġ', *'12345', 'ĊĊ']),
+    ('gpt-4o', ["I'LL", 'Ġpay', 'Ġ', '123', '45', 'ĊĊ']),
+  ],
+)
+def test_numbers_and_endings_are_cut_as_the_name_says(name, cut):
+  assert pieces(name, "I'LL pay 12345\n\n") == cut
+
+
+@pytest.mark.parametrize('name', ['tekken', 'gpt-4o'])
+def test_words_start_anew_at_a_capital(name):
+  assert pieces(name, 'aB camelCase a/\n') == [
+    'a', 'B', 'Ġcamel', 'Case', 'Ġa', '/Ċ'
+  ]  # fmt: skip
+
+
+@pytest.mark.parametrize('name', ['llama-bpe', 'dbrx', 'qwen2', 'tekken'])
+def test_every_cut_is_that_of_transformers(name, write_gguf, tmp_path):
+  pytest.importorskip('torch')
+  from transformers import AutoTokenizer
+
+  write_gguf(tmp_path / 'x.gguf', kv={'pre': name})
+  oracle = AutoTokenizer.from_pretrained(tmp_path, gguf_file='x.gguf')
+  found = CUTS[name].pre_tokenizer
+  expected = oracle.backend_tokenizer.pre_tokenizer
+  for text in strings(200):
+    assert found.pre_tokenize_str(text) == expected.pre_tokenize_str(text)
+
+
+def oracle_of(metadata, architecture, folder):
+  """What transformers builds from the same metadata."""
+  pytest.importorskip('torch')
+  from transformers import AutoTokenizer
+
+  writer = gguf.GGUFWriter(folder / 'x.gguf', architecture)
+  for key, value in metadata.items():
+    if isinstance(value, list | np.ndarray):
+      writer.add_array(key, np.asarray(value).tolist())
+      continue
+    kinds = {str: 'string', bool: 'bool', int: 'uint32'}
+    getattr(writer, f'add_{kinds[type(value)]}')(key, value)
+  for step in ('header', 'kv_data', 'tensors'):
+    getattr(writer, f'write_{step}_to_file')()
+  writer.close()
+  return AutoTokenizer.from_pretrained(folder, gguf_file='x.gguf')
+
+
+# The class that transformers takes for Llama adds no space to a text that
+# begins with one, nor behind special tokens; that for Phi-3 does, as llama.cpp.
+@pytest.mark.parametrize(
+  ('architecture', 'prefix'), [('phi3', True), ('gemma3', False)]
+)
+def test_pieces_equal_those_of_transformers(
+  architecture, prefix, pieces_of_text, tmp_path
+):
+  metadata = {
+    **pieces_of_text,
+    'tokenizer.ggml.add_space_prefix': prefix,
+    'tokenizer.ggml.add_bos_token': True,
+  }
+  found = tokenizers.from_gguf(metadata)
+  oracle = oracle_of(metadata, architecture, tmp_path)
+  for text in spaced(300):
+    assert found.encode(text) == oracle.encode(text)
+    if prefix:
+      ids = found.encode(text, add_special_tokens=False)
+      assert found.decode(ids) == text or '<s>' in text or '<|user|>' in text
+
+
+def test_the_best_score_is_merged_first(pieces_of_text):
+  found = tokenizers.from_gguf(pieces_of_text)
+  assert found.tokenize('there') == ['▁the', 'r', 'e']  # not ▁t he re
+
+
+def test_characters_that_are_no_tokens_become_bytes(pieces_of_text):
+  found = tokenizers.from_gguf(pieces_of_text)
+  ids = found.encode('🙂', add_special_tokens=False)
+  assert found.convert_ids_to_tokens(ids) == [
+    '▁', '<0xF0>', '<0x9F>', '<0x99>', '<0x82>'
+  ]  # fmt: skip
+  assert found.decode(ids) == '🙂'
+
+
+def test_a_start_token_is_the_habit_of_sentence_piece(pieces_of_text):
+  assert tokenizers.from_gguf(pieces_of_text).encode('the')[0] == 1
+  metadata = {**pieces_of_text, 'tokenizer.ggml.add_bos_token': False}
+  assert tokenizers.from_gguf(metadata).encode('the')[0] != 1
+
+
+def test_pieces_without_a_score_each_are_refused(pieces_of_text):
+  metadata = {**pieces_of_text, 'tokenizer.ggml.scores': np.zeros(7)}
+  with pytest.raises(BaseModelError, match=r'7 tokenizer.ggml.scores'):
+    tokenizers.from_gguf(metadata)
+
+
+@pytest.mark.parametrize('value', ['x', 3, 10**9, -1, True, ['a'], [1.5]])
+def test_a_value_of_another_type_never_crashes(
+  value, pieces_of_text, write_gguf, tmp_path
+):
+  byte_level = GgufFile(write_gguf(tmp_path / 'x.gguf')).metadata
+  value = np.array(value) if value == [1.5] else value
+  for metadata in (pieces_of_text, byte_level):
+    for key in [k for k in metadata if k.startswith('tokenizer')]:
+      try:
+        tokenizers.from_gguf({**metadata, key: value})
+      except BaseModelError as error:
+        assert 'GGUF file' in str(error)  # noqa: PT017
+
+
+def test_text_is_composed_before_qwen_cuts_it(write_gguf, tmp_path):
+  path = write_gguf(tmp_path / 'x.gguf', kv={'pre': 'qwen2'})
+  found = tokenizers.from_gguf(GgufFile(path).metadata)
+  assert found.encode('e\u0301') == found.encode('é')
 
 
 def test_text_survives_encoding_and_decoding(tiny_gguf):
@@ -110,7 +211,8 @@ def test_a_start_token_is_added_where_the_file_says(adds, write_gguf, tmp_path):
 @pytest.mark.parametrize(
   ('kv', 'message'),
   [
-    ({'model': 'llama'}, "kind 'llama'"),
+    ({'model': 'bert'}, "kind 'bert'"),
+    ({'model': 'llama'}, '300 tokens, but 0'),
     ({'pre': 'dolphin'}, "'dolphin'"),
     ({'merges': ['a b c']}, "'a b c'"),
     ({'merges': ['x nowhere']}, "'x nowhere'"),

@@ -1,82 +1,131 @@
 import json
 
-import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from jlora.data import files
+from jlora.data.files import check_file, read_file
 from jlora.errors import DataError
 
-GOOD = '{"prompt": "a", "completion": "b"}'
+# Text that readers which guess types would change.
+TEXTS = ['2020-01-01', ' 007', 'true', 'a, "b"\nc', 'é']
+ROWS = [{'prompt': f'q{i}', 'completion': t} for i, t in enumerate(TEXTS)]
 
 
-def test_rows_keep_their_order_and_exact_text(write):
-  answers = ['2020-01-01', ' 007', '\u2028é', 'true']
-  rows = [json.dumps({'prompt': 'q', 'completion': a}) for a in answers]
-  conversations, row_format = files.load_file(write(*rows))
-  assert [c.reference for c in conversations] == answers
-  assert row_format == 'prompt/completion'
+def write_json(path):
+  path.write_text(json.dumps(ROWS))
 
 
-def test_examples_stop_the_reading(write):
-  path = write(GOOD, GOOD, 'not json')
-  assert len(files.load_file(path, examples=2)[0]) == 2
+def write_object(path):
+  path.write_text(json.dumps({'version': 1, 'data': ROWS}))
+
+
+def write_lines(path):
+  path.write_text('\n'.join(map(json.dumps, ROWS)))
+
+
+def write_parquet(path):
+  pq.write_table(pa.Table.from_pylist(ROWS), path)
+
+
+def write_table(separator):
+  def write(path):
+    rows = [list(ROWS[0]), *(list(row.values()) for row in ROWS)]
+    quoted = (
+      separator.join('"' + text.replace('"', '""') + '"' for text in row)
+      for row in rows
+    )
+    path.write_text('\n'.join(quoted) + '\n\n', encoding='utf-8-sig')
+
+  return write
 
 
 @pytest.mark.parametrize(
-  ('line', 'message'),
+  ('name', 'write', 'first'),
   [
-    ('{"prompt": "a"', "not JSON: Expecting ',' delimiter at column"),
-    ('["a"]', 'a JSON list, not an object'),
-    ('[' * 100_000, 'nested too deeply'),
-    ('{"prompt": "a"}', "has no 'completion'"),
-    ('{"prompt": "a", "completion": 3}', "'completion' is 3"),
-    ('{"text": "another format"}', "has no 'prompt'"),
+    ('a.jsonl', write_lines, ':1'),
+    ('a.json', write_json, ': row 0'),
+    ('a.json', write_object, ': row 0'),
+    ('a.json', write_lines, ':1'),
+    ('a.parquet', write_parquet, ': row 0'),
+    ('a[1]*.parquet', write_parquet, ': row 0'),
+    ('a.csv', write_table(','), ':2'),
+    ('a.TSV', write_table('\t'), ':2'),
   ],
 )
-def test_a_malformed_row_is_named_by_file_and_line(write, line, message):
-  path = write(GOOD, '', '   ', line)
-  with pytest.raises(DataError, match=message) as error:
-    files.load_file(path)
-  assert str(error.value).startswith(f'{path}:4: ')
+def test_every_kind_gives_the_same_rows(tmp_path, name, write, first):
+  path = tmp_path / name
+  write(path)
+  check_file(str(path))
+  rows = list(read_file(str(path)))
+  assert [row for _, row in rows] == ROWS
+  assert rows[0][0] == f'{path}{first}'
+
+
+@pytest.mark.parametrize('name', ['book.txt', 'book.md'])
+def test_a_text_is_one_row(tmp_path, name):
+  path = tmp_path / name
+  path.write_text('One.\n\nTwo.\n')
+  check_file(str(path))
+  assert list(read_file(str(path))) == [(str(path), {'text': 'One.\n\nTwo.\n'})]
+
+
+def test_fields_that_a_parquet_row_does_not_have_are_left_out(tmp_path):
+  path = str(tmp_path / 'a.parquet')
+  rows = [{'turn': {'a': 'x'}}, {'turn': {'b': ['y', None]}}]
+  pq.write_table(pa.Table.from_pylist(rows), path)
+  assert [row for _, row in read_file(path)] == rows
 
 
 @pytest.mark.parametrize(
-  ('content', 'message'),
+  ('name', 'content', 'message'),
   [
-    (b'', 'is empty'),
-    (b'\n \n', 'is empty'),
-    (b'\xef\xbb\xbf{}\n', ':1: .*byte-order mark efbbbf'),
-    ('{}'.encode('utf-16'), ':1: .*byte-order mark fffe'),
-    (b'{}\n\xe9\n', ':2: byte 0xe9 is not UTF-8'),
-    (b'{}\n' + b'x' * (17 << 20), ':2: .*longer than 16 MiB'),
+    ('a.json', b'', 'is empty'),
+    ('a.csv', b'\xff\xfea', ':1: .*byte-order mark'),
+    ('a.txt', b'a\n\xe9', ':2: byte 0xe9 is not UTF-8'),
+    ('a.parquet', b'PAR1', None),
+    ('a.parquet', b'{"text": "a"}', 'is no whole Parquet'),
+    ('a.parquet', b'', 'is no whole Parquet'),
   ],
 )
-def test_a_damaged_file_is_named_by_file_and_line(tmp_path, content, message):
-  path = tmp_path / 'data.jsonl'
+def test_a_damaged_file_is_refused_before_it_is_parsed(
+  tmp_path, name, content, message
+):
+  path = tmp_path / name
   path.write_bytes(content)
+  if message is None:  # found only when it is read
+    check_file(str(path))
+    with pytest.raises(DataError, match='cannot be read as Parquet'):
+      list(read_file(str(path)))
+    return
   with pytest.raises(DataError, match=message):
-    files.check_file(str(path))
+    check_file(str(path))
 
 
-def test_a_name_with_glob_characters_is_one_file(write):
-  path = write(GOOD, name='a[1]*.jsonl')
-  assert len(files.load_file(path)[0]) == 1
+@pytest.mark.parametrize(
+  ('name', 'content', 'message'),
+  [
+    ('a.json', '{"a": \n1,}', r'a\.json:2: not JSON'),
+    ('a.json', '3', 'a JSON int with the lists'),
+    ('a.json', '{"a": [], "b": []}', r"lists \['a', 'b'\]; give a list"),
+    ('a.json', '[{}, 7]', 'row 1 is 7, not an object'),
+    ('a.json', '[' * 100_000, 'nested too deeply'),
+    ('a.csv', 'a,b\n1,2\n1,2,3\n', r"a\.csv:3: 3 fields, .*\['a', 'b'\]"),
+    ('a.csv', 'a,a\n1,2\n', r"columns \['a', 'a'\] are not named, or not all"),
+    ('a.csv', '\na\n', 'columns .* are not named'),
+    ('a.csv', 'a\n"b"c\n', r'a\.csv:2: '),
+  ],
+  ids=range(9),
+)
+def test_what_is_malformed_is_named_by_file_and_row(
+  tmp_path, name, content, message
+):
+  path = tmp_path / name
+  path.write_text(content)
+  with pytest.raises(DataError, match=message):
+    list(read_file(str(path)))
 
 
-def test_a_folder_is_read_like_the_hub(write, tmp_path, monkeypatch):
-  monkeypatch.setattr(datasets.config, 'HF_DATASETS_CACHE', tmp_path / 'cache')
-  (tmp_path / 'set').mkdir()
-  write(GOOD, GOOD, GOOD, name='set/train.jsonl')
-  write(GOOD, '{"prompt": "a", "completion": ""}', name='set/test.jsonl')
-  folder = str(tmp_path / 'set')
-  assert len(files.load_hub(folder)[0]) == 3
-  assert len(files.load_hub(folder, examples=2)[0]) == 2
-  with pytest.raises(DataError, match="set:test: row 1: 'completion' is ''"):
-    files.load_hub(f'{folder}:test')
-  with pytest.raises(DataError, match="set:dev' cannot be loaded"):
-    files.load_hub(f'{folder}:dev')
-
-
-def test_an_unreachable_dataset_is_named():
-  with pytest.raises(DataError, match="'nobody/nothing' cannot be loaded"):
-    files.load_hub('nobody/nothing')
+def test_a_missing_file_is_named():
+  with pytest.raises(DataError, match=r"'no\.csv' does not exist"):
+    check_file('no.csv')

@@ -1,22 +1,22 @@
 import numpy as np
 import pytest
 
-from jlora.data.fitting import Fit, fit
+from jlora.data.fitting import Fit, fit, require_kept
 from jlora.data.tokens import Example
 from jlora.errors import DataError
 
 
-def fit_one(example, max_length, is_text=False, max_lost=1.0):
-  return fit([example], [is_text], max_length=max_length, max_lost=max_lost)
+def fit_one(example, max_length, is_text=False, **options):
+  return fit(example, is_text=is_text, max_length=max_length, **options)
 
 
-def test_what_fits_is_left_alone(make_examples):
-  examples = make_examples([9, 3])
-  fitted, counts = fit(examples, [False, True], max_length=8)
+@pytest.mark.parametrize(('n', 'is_text'), [(9, False), (3, True)])
+def test_what_fits_is_left_alone(make_examples, n, is_text):
+  (example,) = make_examples([n])
+  (fitted,), counts = fit_one(example, 8, is_text)
   assert counts == Fit()
-  for before, after in zip(examples, fitted, strict=True):
-    np.testing.assert_array_equal(before.tokens, after.tokens)
-    np.testing.assert_array_equal(before.loss_mask, after.loss_mask)
+  np.testing.assert_array_equal(example.tokens, fitted.tokens)
+  np.testing.assert_array_equal(example.loss_mask, fitted.loss_mask)
 
 
 def test_a_long_conversation_loses_its_end(make_examples):
@@ -35,12 +35,8 @@ def test_losing_what_is_not_learned_is_no_loss():
 
 
 def test_a_conversation_without_an_answer_left_is_dropped(make_examples):
-  short, long = make_examples([4, 10])
-  fitted, counts = fit(
-    [short, long], [False, False], max_length=4, max_lost=1.0
-  )
-  assert len(fitted) == 1
-  assert counts == Fit(dropped=1)
+  (long,) = make_examples([10])
+  assert fit_one(long, 4) == ([], Fit(dropped=1))
 
 
 @pytest.mark.parametrize('n', [2, 8, 9, 10, 17, 18, 100])
@@ -53,16 +49,45 @@ def test_a_long_text_loses_no_target(n):
   assert counts == Fit(split=int(n > 9))
 
 
-@pytest.mark.parametrize(('long', 'refused'), [(1, False), (2, True)])
-def test_more_than_a_tenth_lost_is_refused(make_examples, long, refused):
-  examples = make_examples([4] * (10 - long) + [8] * long)
-  if refused:
-    with pytest.raises(DataError, match=r'2 of 10.*max_length=6 \(2 cut, 0'):
-      fit(examples, [False] * 10, max_length=6)
-  else:
-    assert fit(examples, [False] * 10, max_length=6)[1] == Fit(cut=1)
+def test_what_is_too_long_can_be_dropped(make_examples):
+  fits, long = make_examples([7, 8])
+  assert len(fit_one(fits, 6, too_long='drop')[0]) == 1
+  assert fit_one(long, 6, too_long='drop') == ([], Fit(dropped=1))
 
 
-def test_nothing_left_is_refused(make_examples):
-  with pytest.raises(DataError, match=r'1 of 1 examples.*longest takes 19'):
-    fit_one(make_examples([20])[0], 5)
+def test_text_is_split_where_conversations_are_dropped(make_examples):
+  (example,) = make_examples([20])
+  assert fit_one(example, 6, True, too_long='drop')[1] == Fit(split=1)
+  assert fit_one(example, 6, True, too_long='error')[1] == Fit(split=1)
+
+
+def test_one_that_is_too_long_can_be_an_error(make_examples):
+  (example,) = make_examples([10])
+  with pytest.raises(
+    DataError, match=r'b\.csv:2: it takes 9 places, .*max_length=6'
+  ):
+    fit_one(example, 6, too_long='error', where='b.csv:2')
+
+
+@pytest.mark.parametrize(
+  ('counts', 'examples', 'max_lost', 'refused'),
+  [
+    (Fit(cut=1), 10, 0.1, False),
+    (Fit(cut=2), 10, 0.1, True),
+    (Fit(cut=1, dropped=1), 10, 0.1, True),
+    (Fit(cut=3, dropped=6), 10, 1.0, False),
+    (Fit(dropped=10), 10, 1.0, True),
+    (Fit(split=10), 10, 0.1, False),
+  ],
+)
+def test_more_than_may_be_lost_is_refused(counts, examples, max_lost, refused):
+  def check():
+    require_kept(counts, examples, max_lost=max_lost, max_length=6, longest=19)
+
+  if not refused:
+    return check()
+  lost = counts.cut + counts.dropped
+  with pytest.raises(
+    DataError, match=rf'{lost} of 10 .*max_length=6.* longest takes 19'
+  ):
+    check()

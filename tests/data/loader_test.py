@@ -8,6 +8,7 @@ from jlora.data.loader import (
   eval_batches,
   packing_efficiency,
 )
+from jlora.data.mixing import Mixture
 from jlora.data.tokens import Example
 from jlora.errors import DataError
 
@@ -53,6 +54,20 @@ def test_a_step_does_not_depend_on_the_steps_before(examples):
   for step in (29, 0, 17, 17, 3):
     assert same(make_loader(examples).batch(step), batches[step])
     assert same(straight.batch(step), batches[step])
+
+
+def test_an_epoch_holds_what_its_mixture_draws(examples):
+  mixture = Mixture((8, 3), (1, 1))
+  loader = make_loader(examples, mixture=mixture, pack=False)
+  assert loader.steps_per_epoch == 3  # six examples, two a batch
+  seen = []
+  for epoch in range(4):
+    steps = range(loader.steps_in(epoch) if epoch else 0, 3 * (epoch + 1))
+    held = [examples[i] for i in mixture.draw(5, epoch)]
+    wanted = sorted(t for e in held for t in e.tokens[e.loss_mask].tolist())
+    seen.append(learned([loader.batch(step) for step in steps]))
+    assert seen[-1] == wanted
+  assert seen[0] != seen[1]
 
 
 def test_epochs_and_seeds_differ(examples):

@@ -1,9 +1,21 @@
+import dataclasses
 import json
 
 import pytest
 
-from jlora.data.prepare import prepare
+from jlora.data.prepare import prepare as prepare_by
+from jlora.data.recipe import Recipe
+from jlora.data.tokens import prompt_tokens
 from jlora.errors import DataError
+
+
+def prepare(train, held_out, tokenizer, **options):
+  """Prepares with those options that are a recipe's, and the others."""
+  names = {field.name for field in dataclasses.fields(Recipe)}
+  recipe = {k: v for k, v in options.items() if k in names}
+  others = {k: v for k, v in options.items() if k not in names}
+  recipe = Recipe(tokenizer=tokenizer, **recipe)
+  return prepare_by(train, held_out, recipe, **others)
 
 
 def rows(*questions):
@@ -98,6 +110,126 @@ def test_long_text_is_split_and_counted(tokenizer, write):
   data = prepare(write(*texts), None, tokenizer, max_length=16)
   assert data.report.examples > 2
   assert data.report.split >= 2
+
+
+def test_the_end_of_a_single_text_is_held_out(tokenizer, write):
+  path = write(*(f'{i} the answer' for i in range(100)), name='book.txt')
+  data = prepare(path, None, tokenizer, max_length=16)
+  (held,) = data.eval_conversations
+  assert held.reference.startswith('90 the answer\n')
+  assert len(data.train) > 20
+  assert 'the last 140 of 1,390 characters held out' in data.report.notes
+
+
+def test_a_folder_holds_its_valid_files_out(tokenizer, write, tmp_path):
+  write(*rows(*'abc'), name='train.jsonl')
+  write(*rows(*'de'), name='valid.jsonl')
+  data = prepare(str(tmp_path), None, tokenizer, max_length=99)
+  assert prompts(data.eval_conversations) == ['d', 'e']
+  assert len(data.train) == 3
+
+
+def test_columns_are_read_under_their_names(tokenizer, write):
+  path = write('q,a', 'x,y', 'z,y', name='a.csv')
+  columns = (('prompt', 'q'), ('completion', 'a'))
+  data = prepare(path, None, tokenizer, max_length=99, columns=columns)
+  assert len(data.train) == len(data.eval) == 1
+
+
+def test_sources_are_mixed_by_weight_and_it_is_said(tokenizer, write):
+  a = write(*rows(*(f'a{i}' for i in range(30))), name='a.jsonl')
+  b = write(*rows(*(f'b{i}' for i in range(20))), name='b.jsonl')
+  data = prepare(((a, 3), (b, 1)), None, tokenizer, max_length=99)
+  assert (len(data.train), len(data.eval)) == (45, 5)
+  assert data.order.counts == (27, 9)
+  assert f'{a}: 27 of 27 examples an epoch, 75.0% of it' in data.report.notes
+  assert f'{b}: 9 of 18 examples an epoch, 25.0% of it' in data.report.notes
+  all_of = prepare(((a, None), (b, None)), None, tokenizer, max_length=99)
+  assert all_of.order.counts == (27, 18)
+
+
+def test_tasks_and_files_mix(tokenizer, write):
+  path = write(*rows(*(f'q{i}' for i in range(30))))
+  sources = (('reasoning_gym:gcd', 1), (path, 1))
+  data = prepare(
+    sources, None, tokenizer, max_length=256, train_examples=20, eval_examples=8
+  )
+  assert data.order.counts == (10, 10)
+  assert [c.task for c in data.eval_conversations] == ['gcd'] * 4 + [None] * 3
+  assert data.score is None
+
+
+CHAT = {
+  'messages': [
+    {'role': 'user', 'content': 'q'},
+    {'role': 'assistant', 'content': '<think>so</think>the answer'},
+    {'role': 'user', 'content': 'again'},
+    {'role': 'assistant', 'content': 'the answer is the answer'},
+  ]
+}
+
+
+def chats(write, n=3):
+  lines = []
+  for i in range(n):
+    first, *rest = CHAT['messages']
+    first = {**first, 'content': f'q{i}'}
+    lines.append(json.dumps({'messages': [first, *rest]}))
+  return write(*lines)
+
+
+def test_what_is_learned_can_be_chosen(tokenizer, write):
+  path = chats(write)
+  counts = {
+    learn: prepare(path, None, tokenizer, max_length=99, learn=learn).report
+    for learn in ('completions', 'last', 'all')
+  }
+  share = {learn: r.share_trained for learn, r in counts.items()}
+  assert share['last'] < share['completions'] < share['all'] < 1
+  assert len({r.tokens for r in counts.values()}) == 1
+
+
+def test_what_is_thought_is_dropped_and_counted(tokenizer, write):
+  path = chats(write)
+  kept = prepare(path, None, tokenizer, max_length=99)
+  data = prepare(path, None, tokenizer, max_length=99, thinking='drop')
+  assert data.report.tokens < kept.report.tokens
+  assert 'what is thought is dropped from 3 turns' in data.report.lines()
+
+
+def test_conversations_that_a_template_divides_are_counted(
+  make_tokenizer, write
+):
+  template = (
+    "{% for m in messages %}{{ m['role'] + ':' }}"
+    "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}"
+    '<|im_end|>{% endfor %}'
+    "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
+  )
+  data = prepare(chats(write), None, make_tokenizer(template), max_length=99)
+  assert (len(data.train), len(data.eval), data.report.divided) == (4, 2, 3)
+  assert data.report.eval_examples == 1
+  assert '3 conversations divided' in '\n'.join(data.report.lines())
+
+
+def test_held_out_prompts_get_the_fields_of_the_template(make_tokenizer, write):
+  template = (
+    "{% for m in messages %}{{ m['role'] + mark + m['content'] }}"
+    "{{ '<|im_end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant' + mark }}{% endif %}"
+  )
+  tokenizer = make_tokenizer(template)
+  data = prepare(
+    chats(write), None, tokenizer, max_length=99, template=(('mark', '='),)
+  )
+  (held,) = data.eval_conversations
+  assert tokenizer.decode(prompt_tokens(held, tokenizer)).endswith('assistant=')
+
+
+def test_a_conversation_that_is_too_long_is_named(tokenizer, write):
+  path = chats(write)
+  with pytest.raises(DataError, match=rf'{path}:\d: it takes .*too_long'):
+    prepare(path, None, tokenizer, max_length=60, too_long='error')
 
 
 def test_one_row_cannot_be_held_out(tokenizer, write):

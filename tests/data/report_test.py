@@ -28,7 +28,9 @@ REPORT = DataReport(
 
 
 def test_trained_and_given_tokens_differ_in_style(tokenizer):
-  text = colored(tokenize(make_exchange('hi [b]', 'yé'), tokenizer), tokenizer)
+  text = colored(
+    tokenize(make_exchange('hi [b]', 'yé'), tokenizer)[0], tokenizer
+  )
   styles = {text.plain[s.start : s.end]: s.style for s in text.spans}
   given, trained, rest = styles
   assert given.endswith('hi [b]<|im_end|>\n<|im_start|>assistant\n')
@@ -55,7 +57,7 @@ def test_two_examples_and_the_counters_are_printed(tokenizer):
   file = io.StringIO()
   console = rich.console.Console(file=file, width=200)
   examples = [
-    tokenize(make_exchange(q, 'the answer'), tokenizer) for q in 'XYZ'
+    tokenize(make_exchange(q, 'the answer'), tokenizer)[0] for q in 'XYZ'
   ]
   show_examples(examples, tokenizer, REPORT, console)
   printed = file.getvalue()

@@ -9,7 +9,8 @@ from jlora.data.conversations import (
   make_exchange,
   make_text,
 )
-from jlora.data.tokens import Example, prompt_tokens, tokenize
+from jlora.data.tokens import Example, prompt_tokens
+from jlora.data.tokens import tokenize as examples_of
 from jlora.errors import DataError
 
 CHAT = Conversation(
@@ -20,6 +21,11 @@ CHAT = Conversation(
     Message('assistant', 'é is the answer', True),
   )
 )
+
+
+def tokenize(*args, **options):
+  (example,) = examples_of(*args, **options)
+  return example
 
 
 def learned(example, tokenizer):
@@ -136,15 +142,55 @@ def test_nothing_after_the_last_learned_token_takes_a_place():
   assert Example(np.arange(6, dtype=np.int32), mask & False).places == 0
 
 
-def test_a_template_that_rewrites_the_past_is_refused(make_tokenizer):
+def test_a_template_that_rewrites_the_past_divides_conversations(
+  make_tokenizer,
+):
   template = (
     "{% for m in messages %}{{ m['role'] }}:"
     "{{ m['content'] if loop.last or m['role'] == 'user' else '...' }}"
     '<|im_end|>{% endfor %}'
     "{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
   )
-  with pytest.raises(DataError, match='rewrites what comes before turn 2 of 4'):
-    tokenize(CHAT, make_tokenizer(template))
+  tokenizer = make_tokenizer(template)
+  first, second = examples_of(CHAT, tokenizer)
+  assert tokenizer.decode(first.tokens) == (
+    'user:hi there<|im_end|>assistant:the answer<|im_end|>'
+  )
+  assert learned(first, tokenizer) == ['the answer<|im_end|>']
+  assert learned(second, tokenizer) == ['é is the answer<|im_end|>']
+  last = tokenize(CHAT, tokenizer, learn='last')
+  np.testing.assert_array_equal(last.tokens, second.tokens)
+
+
+def test_the_last_turn_or_all_can_be_learned(tokenizer):
+  last = tokenize(CHAT, tokenizer, learn='last')
+  assert learned(last, tokenizer) == ['é is the answer<|im_end|>']
+  everything = tokenize(CHAT, tokenizer, learn='all')
+  np.testing.assert_array_equal(everything.tokens, last.tokens)
+  assert everything.loss_mask.tolist() == [False] + [True] * (
+    len(everything) - 1
+  )
+
+
+def test_all_of_a_text_left_open_ends(make_tokenizer):
+  template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+  tokenizer = make_tokenizer(template)
+  example = tokenize(CHAT, tokenizer, learn='all')
+  assert tokenizer.decode(example.tokens[-1:]) == '<|im_end|>'
+
+
+def test_an_answer_that_does_not_begin_as_it_is_opened_is_refused(
+  make_tokenizer,
+):
+  template = (
+    "{% for m in messages %}{{ m['role'] + ':' + m['content'] }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'assistant:<think>' }}{% endif %}"
+  )
+  chat = dataclasses.replace(make_exchange('hi', 'yo'), where='a.jsonl:3')
+  with pytest.raises(
+    DataError, match=r"a\.jsonl:3: .*assistant:<think>'.* turn 2 of 2"
+  ):
+    tokenize(chat, make_tokenizer(template))
 
 
 def test_a_template_that_refuses_a_role_says_so(make_tokenizer):

@@ -33,7 +33,13 @@ from jlora.training.report import to_json
 def world(monkeypatch):
   """What the stubbed run reads, and what it did."""
   world = types.SimpleNamespace(
-    data='d1', bad=set(), stop_at=None, losses={}, saved=[], answered=0
+    data='d1',
+    bad=set(),
+    stop_at=None,
+    losses={},
+    saved=[],
+    answered=0,
+    sought=[],
   )
 
   def build(spec, console, starts):
@@ -44,7 +50,12 @@ def world(monkeypatch):
       state=state,
       frozen=None,
       origin={'base': 'b', 'data': world.data},
-      loader=types.SimpleNamespace(tokens_in=lambda step: 8),
+      loader=types.SimpleNamespace(
+        tokens_in=lambda step: 8,
+        state=lambda step: {'step': step},
+        seek=lambda state: world.sought.append(state['step']),
+        lines=lambda: [],
+      ),
       batch=lambda step: types.SimpleNamespace(step=step),
       step=functools.partial(_step, world),
       schedule=lambda step: spec.optim.learning_rate,
@@ -165,6 +176,7 @@ def test_a_continued_run_equals_an_uninterrupted_one(run, world):
   for world.stop_at in (1, 4, 5):
     assert not run()[0]
   assert run()[0]
+  assert world.sought == [1, 4, 5]  # the data goes on where it stood
   assert [(run.folder / name).read_text() for name in names] == whole
   assert [x['step'] for x in lines_of(run)] == lines
 

@@ -1,0 +1,189 @@
+"""Conversations as text, through the chat template of a base's tokenizer."""
+
+import functools
+from collections.abc import Collection, Sequence
+from typing import TYPE_CHECKING, Any
+
+import jinja2
+
+from jlora.core.targets import as_pairs
+from jlora.data.conversations import Conversation, Message
+from jlora.data.turns import THINKING
+from jlora.errors import ConfigError, DataError
+
+if TYPE_CHECKING:
+  from transformers import PreTrainedTokenizerFast as Tokenizer
+else:
+  Tokenizer = Any
+
+# What a template gets from jlora.
+_OWN = (
+  'add_generation_prompt',
+  'chat_template',
+  'conversation',
+  'messages',
+  'tokenize',
+  'tools',
+)
+
+
+def check_template(tokenizer: Tokenizer) -> None:
+  """Requires a chat template.
+
+  Raises:
+    DataError: The tokenizer has none.
+  """
+  if not getattr(tokenizer, 'chat_template', None):
+    raise DataError(
+      "the base's tokenizer has no chat template; use a base that was tuned for"
+      " chat, or rows of 'text'"
+    )
+
+
+def check_written(conversation: Conversation, tokenizer: Tokenizer) -> None:
+  """Requires that the template writes all that a conversation holds.
+
+  Args:
+    conversation: Its turns may call tools or think.
+    tokenizer: With its chat template.
+
+  Raises:
+    DataError: There is no template, or it never names what is there.
+  """
+  check_template(tokenizer)
+  template = str(tokenizer.chat_template)
+  fields = {name for m in conversation.messages for name in m.more}
+  calls = 'tool_calls' in fields and 'tool_calls'
+  for name in conversation.template:
+    if name not in template:
+      raise DataError(
+        f'the chat template does not read {name!r}, which data.template sets;'
+        ' leave it out'
+      )
+  for name in filter(None, (conversation.tools and 'tools', calls)):
+    if name not in template:
+      raise DataError(
+        f'{_at(conversation)}the chat template has no place for {name!r}; use a'
+        ' base whose template calls tools, or leave such rows out'
+      )
+  for name in fields.intersection(THINKING):
+    if name not in template:
+      raise DataError(
+        f'{_at(conversation)}the chat template has no place for {name!r}; set'
+        " data.thinking='drop', or write it into the content, such as"
+        ' <think>...</think>'
+      )
+
+
+def make_fields(value: Any) -> tuple[tuple[str, Any], ...]:
+  """Returns what a config gives a template as pairs.
+
+  Args:
+    value: A mapping or pairs.
+
+  Raises:
+    ConfigError: It is something else, or names what jlora itself gives.
+  """
+  pairs = as_pairs(value, 'data.template')
+  for name, _ in pairs:
+    if not name.isidentifier() or name in _OWN:
+      raise ConfigError(
+        f'data.template sets {name!r}; it takes fields that the chat template'
+        " reads, such as {'enable_thinking': False}"
+      )
+  return pairs
+
+
+def notes_on(tokenizer: Tokenizer, fields: Collection[str]) -> list[str]:
+  """Returns what is worth knowing of a chat template, a sentence each.
+
+  Args:
+    tokenizer: With or without one.
+    fields: What it gets from the config.
+  """
+  template = str(getattr(tokenizer, 'chat_template', None))
+  if 'strftime_now' not in template or 'date_string' in fields:
+    return []
+  fix = "; data.template={'date_string': '26 Jul 2024'} fixes it"
+  return [
+    "the chat template writes today's date, so that the run cannot be"
+    f' continued tomorrow{fix if "date_string" in template else ""}'
+  ]
+
+
+def _at(conversation: Conversation) -> str:
+  return f'{conversation.where}: ' if conversation.where else ''
+
+
+def render(
+  conversation: Conversation,
+  messages: Sequence[Message],
+  tokenizer: Tokenizer,
+  *,
+  header: bool = False,
+) -> str:
+  """Returns the text of the first turns of a conversation.
+
+  Args:
+    conversation: Whose tools and fields the template gets.
+    messages: Its first turns.
+    tokenizer: With its chat template.
+    header: Whether an answer is opened after them.
+
+  Raises:
+    DataError: There is no template, or it refuses the turns.
+  """
+  check_template(tokenizer)
+  try:
+    return tokenizer.apply_chat_template(
+      [message.fields() for message in messages],
+      tools=list(conversation.tools) or None,
+      tokenize=False,
+      add_generation_prompt=header,
+      **conversation.template,
+    )
+  except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+    roles = ', '.join(message.role for message in messages)
+    raise DataError(
+      f'{_at(conversation)}the chat template refuses a conversation of {roles}:'
+      f' {error}; change the roles, or use another base'
+    ) from error
+
+
+def said_in(text: str, tokenizer: Tokenizer) -> str:
+  """Returns rendered turns without what closes the text and not the turn.
+
+  Phi-3's template writes `<|end|>` after each turn, and after the last one
+  also the end of the text, which a model does not get to say.
+
+  Args:
+    text: As `render` returns it, without a header.
+    tokenizer: What rendered it.
+  """
+  end = tokenizer.eos_token
+  turns = text.removesuffix(end) if end else text
+  if turns != text and is_closed(turns, tokenizer):
+    return turns
+  return text
+
+
+def is_closed(text: str, tokenizer: Tokenizer) -> bool:
+  """Returns whether a text ends with a special token, but for spaces."""
+  return text.rstrip().endswith(special_tokens(tokenizer)[1])
+
+
+@functools.lru_cache(maxsize=8)
+def special_tokens(
+  tokenizer: Tokenizer,
+) -> tuple[frozenset[int], tuple[str, ...]]:
+  """Returns the ids and the texts of special tokens, one of which ends a turn.
+
+  A tokenizer lists thousands of added tokens anew whenever it is asked.
+
+  Args:
+    tokenizer: With all of its tokens.
+  """
+  added = tokenizer.added_tokens_decoder.items()
+  special = {id_: token.content for id_, token in added if token.special}
+  ids = frozenset((*special, *tokenizer.all_special_ids))
+  return ids, (*special.values(), *tokenizer.all_special_tokens)
