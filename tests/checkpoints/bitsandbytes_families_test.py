@@ -12,9 +12,9 @@ from jlora.checkpoints.model_folders import save_folder
 from jlora.checkpoints.packed_folders import choose_packed, save_packed
 from jlora.checkpoints.placement import load_frozen
 from jlora.core.quantized import is_quantized
-from jlora.core.tree import leaves_by_path
+from jlora.core.tree import leaves_by_path, nest
 from jlora.errors import ConfigError
-from jlora.models import families
+from jlora.models import families, layout
 from tests.checkpoints.packing_4bit import (
   decode,
   load_file,
@@ -110,9 +110,8 @@ def test_transformers_reads_the_codes_that_are_written(
 def test_experts_in_codes_have_no_form_in_bitsandbytes(family):
   config = wide(family)
   quant = families.resolve(jlora.QuantSpec(), config)
-  leaves = leaves_by_path(
-    jlora.quantize(make_params(config), quant), is_quantized
-  )
+  shapes = nest(layout.shapes(config))
+  leaves = leaves_by_path(jlora.quantize(shapes, quant), is_quantized)
   codes = {path: x for path, x in leaves.items() if is_quantized(x)}
   with pytest.raises(ConfigError, match=r'experts/.* no form; use'):
     choose_packed(config, codes)

@@ -18,7 +18,7 @@ from tests.decoders import ROWS, make_config, make_oracle, make_params
 torch = pytest.importorskip('torch')
 peft = pytest.importorskip('peft')
 
-QUICK = ('llama', 'gemma2', 'gpt2', 'qwen3_moe')  # all others are slow
+QUICK = ('llama', 'gpt2')  # all others are slow
 NAMES = [
   pytest.param(name, marks=() if name in QUICK else pytest.mark.slow)
   for name in dict.fromkeys(row.split()[0] for row in ROWS)
