@@ -1,6 +1,5 @@
 """Folders of every family, as transformers writes them."""
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -9,9 +8,9 @@ from jlora.checkpoints.hf import HfModel
 from jlora.checkpoints.model_folders import save_folder
 from jlora.checkpoints.tokenizers import from_folder as load_tokenizer
 from jlora.checkpoints.weights import load_params
-from jlora.models.decoder import Decoder
 from tests.decoders import (
   assert_near,
+  compiled,
   make_config,
   make_oracle,
   make_params,
@@ -33,7 +32,7 @@ def test_transformers_computes_the_logits_of_a_folder_of_ours(
   tokens = np.arange(24).reshape(2, 12) * 5 % 96
   with torch.no_grad():
     expected = oracle.eval()(torch.tensor(tokens)).logits.numpy()
-  found = jax.jit(Decoder(family_config).apply)({'params': params}, tokens)
+  found = compiled(family_config)({'params': params}, tokens)
   assert_near(found, expected)
 
 

@@ -11,10 +11,10 @@ import pytest
 import jlora
 from jlora.checkpoints.peft import load_adapter
 from jlora.errors import AdapterError
-from jlora.models.decoder import Decoder
 from tests.decoders import (
   ROWS,
   assert_near,
+  compiled,
   make_config,
   make_oracle,
   make_params,
@@ -36,8 +36,7 @@ peft = pytest.importorskip('peft')
 def merged_logits(config, params, spec, trainable):
   frozen, _ = jlora.partition(jax.random.key(0), params, spec)
   merged = jlora.merge(frozen, trainable, spec)
-  apply = jax.jit(Decoder(config).apply)
-  return np.asarray(apply({'params': merged}, jnp.asarray(TOKENS)))
+  return np.asarray(compiled(config)({'params': merged}, jnp.asarray(TOKENS)))
 
 
 def torch_logits(model):
