@@ -186,10 +186,12 @@ class _Turn:
       said = render(conversation, messages[: k + 1], tokenizer)
     if not said.startswith(given):
       where = f'{conversation.where}: ' if conversation.where else ''
+      system = messages[0].role == 'system'
       raise DataError(
         f'{where}the chat template opens an answer with {given[-30:]!r}, but'
         f' turn {k + 1} of {len(messages)} does not begin with that, so what'
-        ' was said there cannot be told apart; use another template'
+        ' was said there cannot be told apart; use another'
+        f' template{", or leave the system turn out" if system else ""}'
       )
     return cls(given, said_in(said, tokenizer))
 

@@ -283,7 +283,8 @@ def test_a_single_answer_is_never_divided(tokenizer_of, name):
 def test_a_system_turn_that_an_answer_removes_is_refused(tokenizer_of):
   chat = Conversation((SYSTEM, *CHAT), where='a.jsonl:1')
   with pytest.raises(
-    DataError, match=r'a.jsonl:1: .*Hi\[/INST\].* turn 3 of 5'
+    DataError,
+    match=r'a.jsonl:1: .*Hi\[/INST\].* turn 3 of 5 .*leave the system turn',
   ):
     tokenize(chat, tokenizer_of(MISTRAL))
 
