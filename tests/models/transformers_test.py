@@ -62,7 +62,8 @@ def test_logits_behind_padding(family_config):
 
 def test_logits_of_packed_sequences(family_config):
   params, oracle = models_of(family_config)
-  rows = [(5, 1, 34), (12, 28)]  # lengths of the sequences in a row
+  # Lengths of the sequences in a row, none beyond an original context.
+  rows = [(5, 1, 16, 4, 14), (12, 12, 16)]
   parts = [[make_tokens(family_config, 1, n) for n in row] for row in rows]
   found = compiled(family_config)(
     {'params': params},
