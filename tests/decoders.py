@@ -151,6 +151,21 @@ def make_params(config, seed=0):
   )
 
 
+def _by_leaves():
+  """Returns a row for each set of leaves in a family."""
+  rows = {}
+  for name in ROWS:
+    config = make_config(name)
+    rows.setdefault((config.family, *layout.shapes(config)), name)
+  return list(rows.values())
+
+
+@pytest.fixture(params=_by_leaves())
+def leaves_config(request):
+  """A small decoder of every family, with every set of leaves."""
+  return make_config(request.param)
+
+
 @functools.cache
 def compiled(config):
   """Returns a decoder's `apply`, compiled once for tests that share shapes."""
