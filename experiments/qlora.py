@@ -13,7 +13,9 @@ from jlora.config import default_config, default_quant
 
 def get_config():
   c = default_config()
-  c.quant = default_quant()  # NF4, block 64, double quantization
+  # NF4, block 64, double quantization; a base in 4 bits is used as it is, and
+  # must be of the same kind
+  c.quant = default_quant()
   with c.unlocked():
     c.lora.rank = 16
     c.lora.alpha = 32.0  # the update is (alpha / rank) * a @ b

@@ -11,8 +11,9 @@ r"""Writes what a run trained in a form that other programs open.
              F16, BF16, F32 or Q8_0, and norms in F32. What GGUF cannot say of
              a model or a tokenizer is refused by name.
 --to=bnb4    the base in the 4-bit codes that were trained on, as bitsandbytes
-             stores them, and the adapter for it in PATH-adapter.
-             --requantize merges the adapter and quantizes the sum.
+             stores them, and the adapter for it in PATH-adapter. A base that is
+             stored so already is copied. --requantize merges the adapter and
+             quantizes the sum, once --anyway says that this is meant.
 --to=peft    an adapter folder that PEFT loads.
 
 Instead of --run: --base=B --adapter=DIR.

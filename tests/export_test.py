@@ -189,6 +189,37 @@ def test_the_codes_are_those_that_bitsandbytes_would_store(
   assert off <= 0.01 * total
 
 
+def test_a_base_in_codes_is_trained_on_and_exported_as_it_is(
+  commands, tuned, tmp_path
+):
+  from jlora import runs
+  from jlora.core.quantized import is_quantized
+  from jlora.core.tree import leaves_by_path
+  from jlora.inference import exports
+
+  files = exports.Files(dtype='float32')
+  exports.write_packed(tuned, tmp_path / 'q', files)
+  flags = (f'--config.base={tmp_path / "q"}', '--config.train.steps=2')
+  ended = commands.train(tmp_path / 'run', *flags)
+  assert ended.rc == 0, ended.stderr
+  assert 'in 4 bits: 7 leaves, 7 of them used as they are\n' in ended.stdout
+  again = runs.open_model(str(tmp_path / 'run'), None, None)
+  leaves = leaves_by_path(tuned.frozen, is_quantized)
+  assert again.metadata['quantization']['targets'] == sorted(
+    path for path, leaf in leaves.items() if is_quantized(leaf)
+  )
+  for name in ('codes', 'scales', 'scales2', 'offset'):
+    np.testing.assert_array_equal(
+      *(
+        getattr(x.frozen['layers']['mlp']['up_proj']['kernel'], name)
+        for x in (tuned, again)
+      )
+    )
+  exports.write_packed(again, tmp_path / 'copy', files)
+  for path in (tmp_path / 'q').iterdir():
+    assert (tmp_path / 'copy' / path.name).read_bytes() == path.read_bytes()
+
+
 def test_quantizing_again_must_be_asked_for_twice(commands, finished, tmp_path):
   flags = ('--to=bnb4', f'--out={tmp_path / "q"}', '--requantize')
   ended = commands.run('export', f'--run={finished[0]}', *flags)

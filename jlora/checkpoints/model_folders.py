@@ -166,6 +166,18 @@ def _write_metadata(
   }
   _write_json(folder / 'config.json', {**fields, **ids})
   _write_json(folder / 'generation_config.json', ids)
+  save_tokenizer(folder, tokenizer)
+
+
+def save_tokenizer(
+  folder: pathlib.Path, tokenizer: 'PreTrainedTokenizerBase'
+) -> None:
+  """Writes a tokenizer beside a model.
+
+  Args:
+    folder: The model's.
+    tokenizer: Saved with its chat template.
+  """
   tokenizer.save_pretrained(folder)
   # The name that every version of transformers knows its own class by.
   path = folder / 'tokenizer_config.json'

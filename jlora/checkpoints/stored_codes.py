@@ -46,11 +46,15 @@ class PackedLeaf:
     """
     depth = len(self.stack)
     places = np.arange(len(self.tensors)).reshape(self.stack)[index[:depth]]
-    found = [_blocks(self.tensors[i], *index[depth:]) for i in places.flat]
-    codes, scales = (
-      np.stack(parts).reshape(*places.shape, *parts[0].shape)
-      for parts in zip(*found, strict=True)
-    )
+    found: list[np.ndarray] = []
+    for at, i in enumerate(places.flat):
+      parts = _blocks(self.tensors[i], *index[depth:])
+      found = found or [
+        np.empty((places.size, *x.shape), x.dtype) for x in parts
+      ]
+      for array, part in zip(found, parts, strict=True):
+        array[at] = part  # a layer is dropped before the next one comes
+    codes, scales = (x.reshape(*places.shape, *x.shape[1:]) for x in found)
     return codes, scales
 
   def second_level(self) -> tuple[np.ndarray, np.ndarray]:

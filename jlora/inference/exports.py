@@ -17,9 +17,11 @@ from jlora.checkpoints.model_folders import (
   check_dtype,
   is_saved,
   save_folder,
+  save_tokenizer,
 )
 from jlora.checkpoints.packed_folders import choose_packed, save_packed
 from jlora.checkpoints.peft import save_adapter
+from jlora.checkpoints.shards import INDEX
 from jlora.core.lazy import densify, is_lazy
 from jlora.core.plan import is_frozen_leaf
 from jlora.core.quantized import QuantizedArray, is_quantized
@@ -193,11 +195,12 @@ def _copy(tuned: Tuned, out: pathlib.Path) -> None:
   source = tuned.base.model.folder.resolve()
   if out == source:
     raise ConfigError(f'{out} is the base itself; name another folder')
-  weights = {path.name for path in tuned.base.model.paths}
+  names = (INDEX, 'config.json', 'generation_config.json')
+  paths = [source / name for name in names if (source / name).is_file()]
   with replacing(out, known=is_saved) as new:
-    for path in source.iterdir():
-      if is_saved(path.name) or path.name in weights:
-        shutil.copyfile(path, new / path.name)
+    for path in (*tuned.base.model.paths, *paths):
+      shutil.copyfile(path, new / path.name)
+    save_tokenizer(new, tuned.base.tokenizer)
 
 
 def _write_codes(

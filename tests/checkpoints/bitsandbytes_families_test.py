@@ -8,13 +8,19 @@ import pytest
 import jlora
 from jlora.checkpoints.bases import Base, open_base
 from jlora.checkpoints.hf import HfModel
+from jlora.checkpoints.model_folders import save_folder
 from jlora.checkpoints.packed_folders import choose_packed, save_packed
 from jlora.checkpoints.placement import load_frozen
 from jlora.core.quantized import is_quantized
-from jlora.core.tree import leaves_by_path
+from jlora.core.tree import leaves_by_path, nest
 from jlora.errors import ConfigError
-from jlora.models import families
-from tests.checkpoints.packing_4bit import decode, load_file, torch
+from jlora.models import families, layout
+from tests.checkpoints.packing_4bit import (
+  decode,
+  load_file,
+  torch,
+  write_packed,
+)
 from tests.decoders import ROWS, make_config, make_oracle, make_params, stored
 
 transformers = pytest.importorskip('transformers')
@@ -104,9 +110,28 @@ def test_transformers_reads_the_codes_that_are_written(
 def test_experts_in_codes_have_no_form_in_bitsandbytes(family):
   config = wide(family)
   quant = families.resolve(jlora.QuantSpec(), config)
-  leaves = leaves_by_path(
-    jlora.quantize(make_params(config), quant), is_quantized
-  )
+  shapes = nest(layout.shapes(config))
+  leaves = leaves_by_path(jlora.quantize(shapes, quant), is_quantized)
   codes = {path: x for path, x in leaves.items() if is_quantized(x)}
   with pytest.raises(ConfigError, match=r'experts/.* no form; use'):
     choose_packed(config, codes)
+
+
+def test_experts_with_codes_of_their_own_stay_as_they_are(tiny_base, tmp_path):
+  config = wide('mixtral')
+  tokenizer = open_base(str(tiny_base)).tokenizer
+  save_folder(tmp_path / 'a', config, make_params(config), tokenizer)
+
+  def choose(name):
+    return {} if '.experts.' in name else None
+
+  tensors = write_packed(tmp_path / 'a', tmp_path / 'b', choose)
+  base = open_base(str(tmp_path / 'b'))
+  assert not base.codes.decoded
+  assert len(base.codes.leaves) == 3
+  quant = families.resolve(base.codes.quant, config)
+  found = stored(config, jlora.dequantize(load_frozen(base, quant, np.float32)))
+  for name, tensor in found.items():
+    packed = f'{name}.absmax' in tensors
+    expected = decode(tensors, name) if packed else tensors[name].numpy()
+    np.testing.assert_array_equal(tensor, expected)

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -6,11 +9,15 @@ import pytest
 
 import jlora
 from jlora.checkpoints.bases import open_base
-from jlora.checkpoints.placement import load_frozen
+from jlora.checkpoints.peft import save_adapter
+from jlora.checkpoints.placement import load_frozen, load_split
 from jlora.checkpoints.stored_codes import agree
+from jlora.core.quantized import is_quantized
 from jlora.core.tree import leaves_by_path
 from jlora.errors import BaseModelError, ConfigError
+from jlora.inference.tuned import load_tuned
 from jlora.models import families
+from jlora.planning.sizes import read_sizes
 from tests.checkpoints.packing_4bit import (
   decode,
   is_linear,
@@ -106,7 +113,7 @@ def test_levels_of_another_table_are_decoded_by_it(tiny_base, tmp_path):
   np.testing.assert_array_equal(found, decode(tensors, UP))
 
 
-def test_pieces_on_several_devices_are_those_of_one(tiny_base, tmp_path):
+def test_a_part_of_the_blocks_is_read_as_that_part(tiny_base, tmp_path):
   write_packed(tiny_base, tmp_path / 'b')
   leaf = open_base(str(tmp_path / 'b')).codes.leaves
   leaf = leaf['layers/mlp/down_proj/kernel']
@@ -114,6 +121,48 @@ def test_pieces_on_several_devices_are_those_of_one(tiny_base, tmp_path):
   part = leaf.blocks((slice(1, 2), slice(1, 2), slice(16, 48)))
   np.testing.assert_array_equal(part[0], whole[0][1:, 32:, 16:48])
   np.testing.assert_array_equal(part[1], whole[1][1:, 1:, 16:48])
+
+
+ON_A_MESH = """
+import sys
+import jax
+import numpy as np
+from jlora.checkpoints.bases import open_base
+from jlora.checkpoints.placement import load_split
+from jlora.core.tree import arrays_by_path
+from jlora.core.plan import is_frozen_leaf
+from jlora.inference.tuned import load_tuned
+from jlora.models import families
+from jlora.planning.sizes import read_sizes
+from jlora.parallel.mesh import make_mesh
+from jlora.parallel.shardings import make_shardings
+
+base = open_base(sys.argv[1])
+quant = families.resolve(base.codes.quant, base.config)
+args = jax.random.key(0), base, None, quant, np.float32
+one = load_split(*args)[0]
+leaves = arrays_by_path(one, is_frozen_leaf)
+cuts = make_shardings(leaves, families.SHARDING, make_mesh(1, 2, 2))
+many = load_split(*args, shardings=cuts)[0]
+jax.tree.map(np.testing.assert_array_equal, one, many)
+up = many['layers']['mlp']['up_proj']['kernel']
+assert up.codes.sharding.spec[1:] == ('fsdp', 'tensor'), up.codes.sharding
+assert up.codes.addressable_shards[0].data.shape == (2, 16, 64)
+"""
+
+
+def test_codes_cut_over_a_mesh_are_those_of_one_device(tiny_base, tmp_path):
+  write_packed(tiny_base, tmp_path / 'b', blocksize=32)
+  flags = '--xla_force_host_platform_device_count=4'
+  ended = subprocess.run(
+    [sys.executable, '-c', ON_A_MESH, str(tmp_path / 'b')],
+    env=os.environ | {'XLA_FLAGS': flags, 'JAX_PLATFORMS': 'cpu'},
+    capture_output=True,
+    text=True,
+    timeout=120,
+    check=False,
+  )
+  assert ended.returncode == 0, ended.stderr
 
 
 @pytest.fixture(scope='module')
@@ -219,10 +268,30 @@ def test_other_quantizations_are_refused_by_name(
 
 
 def test_a_base_without_an_adapter_computes_with_its_codes(packed_base):
-  from jlora.inference.tuned import load_tuned
-
   tuned = load_tuned(packed_base.name)
-  leaves = leaves_by_path(tuned.frozen, jlora.core.quantized.is_quantized)
-  assert sum(isinstance(x, jlora.QuantizedArray) for x in leaves.values()) == 7
+  leaves = leaves_by_path(tuned.frozen, is_quantized)
+  assert sum(map(is_quantized, leaves.values())) == 7
   decoded = packed_base.load_params()
   jax.tree.map(np.testing.assert_array_equal, tuned.dense('float32'), decoded)
+
+
+def test_an_adapter_of_peft_stands_on_the_codes_of_its_base(
+  packed_base, tmp_path
+):
+  base = packed_base
+  spec = families.resolve(jlora.LoraSpec(rank=4), base.config)
+  key = jax.random.key(0)
+  _, trainable, _ = load_split(key, base, spec, None, np.float32)
+  config = base.config
+  save_adapter(
+    tmp_path / 'a', trainable, spec, config, base_name=base.name, metadata={}
+  )
+  (tmp_path / 'a' / 'jlora_metadata.json').unlink()
+  with pytest.warns(UserWarning, match='not known to belong'):
+    tuned = load_tuned(base.name, tmp_path / 'a')
+  leaves = leaves_by_path(tuned.frozen, is_quantized)
+  assert sum(map(is_quantized, leaves.values())) == 7
+
+
+def test_the_sizes_of_a_folder_in_4_bits_can_be_planned(packed_base):
+  assert read_sizes(packed_base.name) == packed_base.config
