@@ -17,9 +17,9 @@ import jax
 import numpy as np
 import pytest
 
-from tests.decoders import family_config
+from tests.decoders import family_config, leaves_config
 
-__all__ = ['family_config']  # a fixture
+__all__ = ['family_config', 'leaves_config']  # fixtures
 
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 

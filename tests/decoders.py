@@ -1,13 +1,16 @@
 """Small decoders of every family, and the same in transformers."""
 
 import dataclasses
+import functools
 
+import jax
 import numpy as np
 import pytest
 
 from jlora.core.tree import leaves_by_path, nest
 from jlora.models import layout
 from jlora.models.config import DecoderConfig
+from jlora.models.decoder import Decoder
 from jlora.models.hf_config import write_config
 from jlora.models.rope_scaling import (
   DynamicScaling,
@@ -146,6 +149,27 @@ def make_params(config, seed=0):
       for weight in layout.weights(config)
     }
   )
+
+
+def _by_leaves():
+  """Returns a row for each set of leaves in a family."""
+  rows = {}
+  for name in ROWS:
+    config = make_config(name)
+    rows.setdefault((config.family, *layout.shapes(config)), name)
+  return list(rows.values())
+
+
+@pytest.fixture(params=_by_leaves())
+def leaves_config(request):
+  """A small decoder of every family, with every set of leaves."""
+  return make_config(request.param)
+
+
+@functools.cache
+def compiled(config):
+  """Returns a decoder's `apply`, compiled once for tests that share shapes."""
+  return jax.jit(Decoder(config).apply)
 
 
 def stored(config, params):

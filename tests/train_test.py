@@ -404,6 +404,19 @@ def test_what_does_not_fit_the_base_leaves_no_folder(
   assert not (tmp_path / 'run').exists()
 
 
+def test_sources_and_columns_are_read_from_flags(commands, tmp_path, tiny_data):
+  table = tmp_path / 'sums.csv'
+  table.write_text('question,answer\nwhat is 1 + 1?,2\nwhat is 1 + 2?,\n')
+  sources = {str(table): 1, str(tiny_data): 3}
+  columns = {str(table): {'prompt': 'question', 'completion': 'answer'}}
+  ended = commands.train(
+    tmp_path / 'run',
+    f'--config.data.train={sources}',
+    f'--config.data.columns={columns}',
+  )
+  assert_refused(ended, f"{table}:3: 'completion' is ''")
+
+
 def test_a_malformed_line_is_named_with_its_file(commands, tmp_path, tiny_data):
   data = tmp_path / 'bad.jsonl'
   data.write_text(tiny_data.read_text() + '{"prompt": \n')

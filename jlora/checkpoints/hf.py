@@ -183,12 +183,31 @@ def _rounded(stored: Any, index: Index | None, dtype: np.dtype) -> np.ndarray:
   return result
 
 
+def _is_of_transformers(maps: Any, kind: Any) -> bool:
+  """Whether code beside a model defines what transformers has itself.
+
+  So it is where a family was published before transformers knew it.
+
+  Args:
+    maps: `auto_map` of config.json.
+    kind: `model_type` there.
+  """
+  if not maps:
+    return True
+  if kind not in FAMILIES or not isinstance(maps, dict):
+    return False
+  family = FAMILIES[kind].architecture.removesuffix('ForCausalLM')
+  names = [str(place).rpartition('.')[2] for place in maps.values()]
+  return all(name.startswith(family) for name in names)
+
+
 def _load_config(folder: pathlib.Path) -> dict[str, Any]:
   fields = load_json(folder / 'config.json')
-  if 'auto_map' in fields:
+  maps = fields.get('auto_map') or {}
+  if not _is_of_transformers(maps, fields.get('model_type')):
     raise BaseModelError(
-      f'{folder}/config.json has auto_map={fields["auto_map"]!r}, code that'
-      ' would come with the model; it is never run. Remove the field if the'
-      ' model is a plain Llama'
+      f'{folder}/config.json has auto_map={maps!r:.200}, code that would come'
+      ' with the model; it is never run. Remove the field if transformers'
+      ' computes the model with its own class'
     )
   return bitsandbytes.without_quantization(folder, fields)

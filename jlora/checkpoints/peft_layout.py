@@ -1,6 +1,7 @@
 """How a trained leaf lies in PEFT's file.
 
-A stacked leaf is one module a layer there, and matrices lie as [out, in].
+A stacked leaf is one module a layer, or an expert, there, and matrices lie as
+[out, in].
 """
 
 import abc

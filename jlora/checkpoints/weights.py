@@ -17,6 +17,7 @@ _SIZES = {
   'hidden_size': 1 << 20,
   'intermediate_size': 1 << 24,
   'moe_intermediate_size': 1 << 24,
+  'n_inner': 1 << 24,
   'num_local_experts': 1 << 16,
   'num_experts_per_tok': 1 << 16,
   'num_hidden_layers': 1 << 16,
@@ -37,7 +38,7 @@ class Source(Protocol):
   def read(
     self, name: str, dtype: np.dtype | type, index: Index | None = None
   ) -> np.ndarray:
-    """Returns a tensor by Hugging Face's name, `[out, in]` of a linear layer.
+    """Returns a tensor by Hugging Face's name and in its layout.
 
     Nothing but what `index` names is kept; None is all of it.
     """
@@ -178,6 +179,12 @@ def check_sizes(where: Any, fields: Mapping[str, Any], tensors: int) -> None:
       raise BaseModelError(
         f'{where} has {field}={value!r}, which must be a positive number'
       )
+  experts = fields.get('num_local_experts')
+  if experts and not 1 <= (fields.get('num_experts_per_tok') or 0) <= experts:
+    raise BaseModelError(
+      f'{where} has num_experts_per_tok={fields.get("num_experts_per_tok")!r},'
+      f' which must be from 1 to the number of experts, {experts}'
+    )
   heads = fields.get('num_attention_heads') or 1
   if heads % (fields.get('num_key_value_heads') or 1):
     raise BaseModelError(

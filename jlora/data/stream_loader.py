@@ -9,7 +9,8 @@ and the rows before it are not tokenized again.
 import bisect
 import dataclasses
 import itertools
-from collections.abc import Mapping, Sequence
+import threading
+from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
 
@@ -21,6 +22,17 @@ from jlora.data.packing import make_batch
 from jlora.data.streams import SourceStream
 from jlora.data.tokens import Example
 from jlora.errors import DataError
+
+# What reading and tokenizing may raise; whoever asks for the block gets it.
+_FAULTS = (
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  OSError,
+  RuntimeError,
+  TypeError,
+  ValueError,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +119,6 @@ class StreamLoader:
     self._places = [origin]  # of the blocks that are known, ascending
     self._block: _Block | None = None
     self._ahead: tuple[Place, futures.Future[_Block]] | None = None
-    self._thread = futures.ThreadPoolExecutor(1)  # starts when it is needed
 
   def batch(self, step: int, rows: slice = slice(None)) -> Batch:
     """Returns the batch of a step, or some of its rows.
@@ -183,8 +194,7 @@ class StreamLoader:
     while step >= self._block.after.step:
       self._load(self._block.after)
     if self._ahead is None:
-      after = self._block.after
-      self._ahead = after, self._thread.submit(self._make, after)
+      self._ahead = self._block.after, _in_thread(self._make, self._block.after)
     rows = self._block.batches[step - self._block.place.step]
     return [[self._block.examples[i] for i in row] for row in rows]
 
@@ -207,7 +217,11 @@ class StreamLoader:
     for stream, position in zip(self._streams, place.positions, strict=True):
       stream.seek(position)
     taken = list(place.taken)
-    examples = [self._take(taken) for _ in range(self._buffer)]
+    examples = []
+    while len(examples) < self._buffer:
+      if not threading.main_thread().is_alive():
+        raise DataError('the process ended while it read ahead')
+      examples.append(self._take(taken))
     rows = shuffled_rows(
       np.array([example.places for example in examples]),
       np.arange(self._buffer),
@@ -233,6 +247,28 @@ class StreamLoader:
     source = behind.index(max(behind))
     taken[source] += 1
     return self._streams[source].take()
+
+
+def _in_thread(
+  make: Callable[[Place], _Block], place: Place
+) -> futures.Future[_Block]:
+  """Makes a block in a thread that ends soon after the main thread does.
+
+  A process would wait for that of an executor, however large the block is.
+  """
+  future: futures.Future[_Block] = futures.Future()
+
+  def run() -> None:
+    try:
+      future.set_result(make(place))
+    except _FAULTS as error:
+      future.set_exception(error)
+    finally:  # nobody waits for ever
+      if not future.done():
+        future.set_exception(RuntimeError('reading ahead failed'))
+
+  threading.Thread(target=run, name='next block').start()
+  return future
 
 
 def _spread(rows: list[list[int]], batch_size: int) -> list[list[list[int]]]:

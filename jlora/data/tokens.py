@@ -184,14 +184,29 @@ class _Turn:
     said = whole
     if k < len(messages) - 1:
       said = render(conversation, messages[: k + 1], tokenizer)
+    said = said_in(said, tokenizer)
     if not said.startswith(given):
-      where = f'{conversation.where}: ' if conversation.where else ''
-      raise DataError(
-        f'{where}the chat template opens an answer with {given[-30:]!r}, but'
-        f' turn {k + 1} of {len(messages)} does not begin with that, so what'
-        ' was said there cannot be told apart; use another template'
-      )
-    return cls(given, said_in(said, tokenizer))
+      answer = _after(given, said, messages[k - 1].content.strip())
+      if answer is None:
+        where = f'{conversation.where}: ' if conversation.where else ''
+        raise DataError(
+          f'{where}the chat template opens an answer with {given[-30:]!r}, but'
+          f' turn {k + 1} of {len(messages)} does not begin with that, so what'
+          ' was said there cannot be told apart; use another template'
+        )
+      said = given + answer
+    return cls(given, said)
+
+
+def _after(given: str, said: str, question: str) -> str | None:
+  """Returns what is said after a question that is written differently before.
+
+  Mistral's template has the system turn in the last question, and leaves it
+  out once that is answered. From the question on, both are the same.
+  """
+  end = given[given.rfind(question) :] if question else ''
+  _, found, answer = said.rpartition(end) if end else ('', '', '')
+  return answer if found else None
 
 
 def _mask(

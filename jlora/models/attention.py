@@ -91,7 +91,7 @@ def extend(cache: Cache, k: jax.Array, v: jax.Array, index: jax.Array) -> Cache:
 
 
 class Attention(nn.Module):
-  """Grouped-query self-attention with rotary positions."""
+  """Grouped-query self-attention."""
 
   config: DecoderConfig
   dtype: jnp.dtype

@@ -105,7 +105,12 @@ FAMILIES = {
       'partial_rotary_factor': 1.0,
       'rms_norm_eps': 1e-5,
     },
-    needs={**_SILU, **_NO_BIAS},
+    needs={
+      **_SILU,
+      **_NO_BIAS,
+      'full_attn_mod': (1, None),
+      'interpolate_factor': (1, None),
+    },
     window='all',
   ),
   'gemma2': gemma.GEMMA_2,
@@ -152,6 +157,7 @@ FAMILIES = {
       **_SILU,
       'decoder_sparse_step': (1, None),
       'mlp_only_layers': ([], None),
+      'use_qk_norm': (True, None),
       'use_sliding_window': (False, None),
     },
     bias_fields={'attention_bias': (*_QKV, 'o_proj')},
@@ -172,7 +178,8 @@ AXES = (
 # copies the codes of all layers.
 # Vocabularies are cut along both axes: it is hidden states that move, which
 # are smaller. (An embedding cut along its width would have XLA cut the hidden
-# states of all layers so.)
+# states of all layers so.) Kernels that stand for several are cut without
+# regard to where one ends, so that activations move behind their products.
 SHARDING = (
   (r'embed/embedding', (('tensor', 'fsdp'), None)),
   (r'layers/attention/[qkv]+_proj/kernel', (None, 'fsdp', 'tensor')),

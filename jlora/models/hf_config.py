@@ -33,9 +33,12 @@ _HARMLESS = {
   'initializer_range',
   'is_llama_config',
   'label2id',
+  'max_sequence_length',
   'max_window_layers',
   'model_type',
   'n_ctx',
+  'output_past',
+  'predict_special_tokens',
   'output_attentions',
   'output_hidden_states',
   'output_router_logits',
@@ -133,8 +136,11 @@ def _own_names(family: Family) -> dict[str, str]:
 def _refuse_others(fields: Mapping[str, Any], family: Family) -> None:
   """Refuses what would need other arithmetic."""
   known = _known(family)
+  unread = {usual for name, usual in family.aliases.items() if name in fields}
   for name, value in fields.items():
     field = family.aliases.get(name, name)
+    if name in unread:  # the family's own name of it counts
+      continue
     if field in family.needs and value not in family.needs[field]:
       raise BaseModelError(
         f'config.json has {name}={value!r}, which this decoder does not'

@@ -11,15 +11,19 @@ FIELDS = {
   'all': {'sliding_window'},
   'switched': {
     'layer_types',
-    'max_window_layers',
     'sliding_window',
     'use_sliding_window',
   },
-  'mixed': {'layer_types', 'sliding_window', 'sliding_window_pattern'},
+  'mixed': {
+    'layer_types',
+    'sliding_window',
+    'sliding_window_pattern',
+    'sliding_window_size',  # in old files, beside the one that counts
+  },
   None: set(),
 }  # that are read, by the `window` of a family
 ROPE_FIELDS = {'no_rope_layer_interval', 'no_rope_layers'}
-_WHOLE, _WINDOW = 'full_attention', 'sliding_attention'
+WHOLE, WINDOW = 'full_attention', 'sliding_attention'
 
 
 def read_layers(family: Family, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -69,12 +73,12 @@ def _local_layers(
   kinds = fields.get('layer_types')
   if kinds is not None:
     _check_length('layer_types', kinds, len(layers))
-    if others := set(kinds) - {_WHOLE, _WINDOW}:
+    if others := set(kinds) - {WHOLE, WINDOW}:
       raise BaseModelError(
         f'config.json has layer_types with {sorted(others)}, which this decoder'
-        f' does not compute; it knows {_WHOLE!r} and {_WINDOW!r}'
+        f' does not compute; it knows {WHOLE!r} and {WINDOW!r}'
       )
-    return tuple(i for i in layers if kinds[i] == _WINDOW)
+    return tuple(i for i in layers if kinds[i] == WINDOW)
   if family.window == 'mixed':
     period = _period('sliding_window_pattern', fields, family.period)
     return tuple(i for i in layers if (i + 1) % period)
@@ -92,8 +96,11 @@ def _unrotated(fields: Mapping[str, Any], layers: int) -> tuple[int, ...]:
   return tuple(i for i in range(layers) if not flags[i])
 
 
-def _period(field: str, fields: Mapping[str, Any], default: int = 0) -> int:
-  value = fields.get(field) or default if default else fields.get(field)
+def _period(
+  field: str, fields: Mapping[str, Any], default: int | None = None
+) -> int:
+  value = fields.get(field)
+  value = default if value is None else value
   if type(value) is not int or value < 1:
     raise BaseModelError(
       f'config.json has {field}={value!r}, which must be a positive whole'
@@ -120,7 +127,7 @@ def write_layers(family: Family, config: DecoderConfig) -> dict[str, Any]:
     fields['sliding_window'] = config.max_positions  # transformers needs one
   if family.window in ('switched', 'mixed'):
     fields['layer_types'] = [
-      _WINDOW if i in config.local_layers else _WHOLE for i in layers
+      WINDOW if i in config.local_layers else WHOLE for i in layers
     ]
   if family.window == 'switched':
     fields['use_sliding_window'] = config.sliding_window is not None

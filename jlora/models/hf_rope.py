@@ -9,6 +9,7 @@ from jlora.errors import BaseModelError
 from jlora.models import rope_scaling
 from jlora.models.config import DecoderConfig
 from jlora.models.family import Family
+from jlora.models.hf_layers import WHOLE, WINDOW
 from jlora.models.rope_scaling import RopeScaling
 
 FIELDS = {'rope_parameters', 'rope_scaling', 'rope_theta'}
@@ -18,7 +19,6 @@ _LONGEST = 'original_max_position_embeddings'
 _NAMES = {'original_max_positions': _LONGEST}
 _OLD_KINDS = {'su': 'longrope'}
 _SHARE = 'partial_rotary_factor'
-_WHOLE, _WINDOW = 'full_attention', 'sliding_attention'
 
 Fields = Mapping[str, Any]
 
@@ -54,29 +54,33 @@ def read_rope(
       f' {family.architecture} does not compute with'
     )
   theta = rope.get('rope_theta', fields.get('rope_theta', 10000.0))
+  width = fields['hidden_size'] // fields['num_attention_heads']
+  pairs = int((fields.get('head_dim') or width) * share) // 2
   return {
     **found,
     'rope_theta': float(theta),
-    'rope_scaling': _read_scaling(rope, max_positions),
+    'rope_scaling': _read_scaling(rope, max_positions, pairs),
     'rotary_share': float(share),
   }
 
 
 def _split(rope: Fields) -> tuple[Fields, Fields]:
   """Returns the parameters of layers that see everything, and of the others."""
-  if not rope.keys() & {_WHOLE, _WINDOW}:
+  if not rope.keys() & {WHOLE, WINDOW}:
     return rope, {}
-  local = rope.get(_WINDOW) or {}
+  local = rope.get(WINDOW) or {}
   kind = local.get('rope_type', 'default')
   if kind != 'default':
     raise BaseModelError(
-      f'config.json has rope_type={kind!r} for {_WINDOW}, where this decoder'
+      f'config.json has rope_type={kind!r} for {WINDOW}, where this decoder'
       " computes 'default' only"
     )
-  return rope.get(_WHOLE) or {}, local
+  return rope.get(WHOLE) or {}, local
 
 
-def _read_scaling(rope: Fields, max_positions: int) -> RopeScaling | None:
+def _read_scaling(
+  rope: Fields, max_positions: int, pairs: int
+) -> RopeScaling | None:
   kind = rope.get('rope_type', rope.get('type', 'default'))
   kind = _OLD_KINDS.get(kind, kind)
   if kind == 'default':
@@ -87,6 +91,8 @@ def _read_scaling(rope: Fields, max_positions: int) -> RopeScaling | None:
       f'rope_type {kind!r} is not supported; jlora knows {known}'
     )
   make = rope_scaling.KINDS[kind]
+  rope = {_LONGEST: max_positions, **rope}  # as in transformers
+  _refuse_others(rope, make)
   values = {}
   for field in dataclasses.fields(make):
     if field.name == 'max_positions':
@@ -96,22 +102,37 @@ def _read_scaling(rope: Fields, max_positions: int) -> RopeScaling | None:
     # Llama 3's have no default in transformers; the others' are ours too.
     needed = field.default is dataclasses.MISSING or kind == 'llama3'
     if needed or rope.get(key) is not None:
-      values[field.name] = _number(key, rope[key], field.name)
+      listed = field.name in rope_scaling.LISTS
+      values[field.name] = _number(key, rope[key], pairs if listed else None)
   return make(**values)
 
 
-def _number(key: str, value: Any, name: str) -> Any:
-  """Returns a number, or for factors of single pairs a tuple of them."""
-  numbers = value if name in rope_scaling.LISTS else [value]
-  if not isinstance(numbers, list | tuple) or not all(
-    isinstance(x, int | float) and math.isfinite(x) for x in numbers
+def _refuse_others(rope: Fields, make: Any) -> None:
+  """Refuses parameters that a stretch does not compute with."""
+  names = {_NAMES.get(f.name, f.name) for f in dataclasses.fields(make)}
+  known = names | {'rope_type', 'type', 'rope_theta', _SHARE, _LONGEST}
+  for name in rope.keys() - known:
+    if rope[name]:
+      raise BaseModelError(
+        f'config.json has {name}={rope[name]!r:.80} in its rope parameters,'
+        f' which rope_type {make.KIND!r} does not have'
+      )
+
+
+def _number(key: str, value: Any, count: int | None) -> Any:
+  """Returns a number, or a tuple of `count` of them."""
+  numbers = [value] if count is None else value
+  if (
+    not isinstance(numbers, list | tuple)
+    or len(numbers) != (count or 1)
+    or not all(isinstance(x, int | float) and math.isfinite(x) for x in numbers)
   ):
-    kind = 'a list of numbers' if name in rope_scaling.LISTS else 'a number'
+    kind = 'a number' if count is None else f'a list of {count} numbers'
     raise BaseModelError(
       f'config.json has {key}={value!r:.80} in its rope parameters, which'
       f' must be {kind}'
     )
-  return tuple(map(float, value)) if name in rope_scaling.LISTS else value
+  return value if count is None else tuple(map(float, value))
 
 
 def write_rope(family: Family, config: DecoderConfig) -> dict[str, Any]:
@@ -130,7 +151,7 @@ def write_rope(family: Family, config: DecoderConfig) -> dict[str, Any]:
   if family.local_theta is None:
     return {'rope_parameters': rope, **_outside(family, rope)}
   local = {'rope_type': 'default', 'rope_theta': config.local_rope_theta}
-  return {'rope_parameters': {_WHOLE: rope, _WINDOW: local}}
+  return {'rope_parameters': {WHOLE: rope, WINDOW: local}}
 
 
 def _outside(family: Family, rope: Fields) -> Fields:

@@ -52,7 +52,9 @@ class Experts(nn.Module):
   """Feed-forward blocks among which a router chooses for each token.
 
   Tokens are sorted by their experts, so that each kernel meets its own in one
-  product; none is dropped.
+  product (`jax.lax.ragged_dot`); none is dropped. XLA writes that product out
+  for all experts on CPUs, and may on GPUs, at the cost of all of them. Over
+  several devices each sorts and multiplies the tokens of all.
 
   References:
     Jiang et al., `Mixtral <https://arxiv.org/abs/2401.04088>`_, section 2.1.
@@ -79,8 +81,10 @@ class Experts(nn.Module):
     y = stacks(x_ND[order // c.experts_per_token], counts_E)
     y_NKD = jnp.zeros_like(y).at[order].set(y, unique_indices=True)
     y_NKD = y_NKD.reshape(*weight_NK.shape, c.embed_dim)
-    weight_NK = weight_NK.astype(self.dtype)
-    return jnp.einsum('NKD,NK->ND', y_NKD, weight_NK).reshape(x.shape)
+    out = jnp.einsum(
+      'NKD,NK->ND', y_NKD, weight_NK, preferred_element_type=jnp.float32
+    )
+    return out.astype(self.dtype).reshape(x.shape)
 
 
 class Stacks(nn.Module):

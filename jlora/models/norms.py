@@ -25,8 +25,9 @@ class RmsNormPlusOne(nn.Module):
     x = x.astype(jnp.float32)
     mean = jnp.mean(x * x, axis=-1, keepdims=True)
     y = x * jax.lax.rsqrt(mean + self.epsilon)
-    gain = 1 + jnp.reshape(scale, (1,) * (x.ndim - 1) + scale.shape)
-    return (y * gain.astype(jnp.float32)).astype(self.dtype)
+    # In float32: near one, steps of bfloat16 are larger than what is stored.
+    gain = 1 + scale.astype(jnp.float32)
+    return (y * gain.reshape(*[1] * (x.ndim - 1), -1)).astype(self.dtype)
 
 
 _KINDS = {

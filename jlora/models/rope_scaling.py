@@ -1,8 +1,9 @@
 """Stretches of the rotary wavelengths, for contexts beyond those of training.
 
-Each takes the frequencies of plain rotary embeddings, float32 [head_dim / 2] in
-radians a position, to those that are used. The names are those of `rope_type`
-in transformers, whose `modeling_rope_utils.py` computes the same.
+Most take the frequencies of plain rotary embeddings, float32 [pairs] in radians
+a position, to those that are used; two need to know how long the sequences are.
+The names are those of `rope_type` in transformers, whose
+`modeling_rope_utils.py` computes the same.
 """
 
 import dataclasses
@@ -54,7 +55,7 @@ class DynamicScaling:
     """Returns the frequencies for the longest of several sequences.
 
     Args:
-      exponents: float32 [head_dim / 2], of `theta` in the wavelengths.
+      exponents: float32 [pairs], of `theta` in the wavelengths.
       theta: Base of the wavelengths.
       length: int scalar; of the longest sequence.
     """

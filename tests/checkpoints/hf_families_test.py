@@ -1,6 +1,5 @@
 """Folders of every family, as transformers writes them."""
 
-import jax
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
@@ -9,9 +8,9 @@ from jlora.checkpoints.hf import HfModel
 from jlora.checkpoints.model_folders import save_folder
 from jlora.checkpoints.tokenizers import from_folder as load_tokenizer
 from jlora.checkpoints.weights import load_params
-from jlora.models.decoder import Decoder
 from tests.decoders import (
   assert_near,
+  compiled,
   make_config,
   make_oracle,
   make_params,
@@ -23,27 +22,27 @@ transformers = pytest.importorskip('transformers')
 
 
 def test_transformers_computes_the_logits_of_a_folder_of_ours(
-  family_config, tiny_base, tmp_path
+  leaves_config, tiny_base, tmp_path
 ):
-  params, tokenizer = make_params(family_config), load_tokenizer(tiny_base)
-  save_folder(tmp_path / 'ours', family_config, params, tokenizer)
+  params, tokenizer = make_params(leaves_config), load_tokenizer(tiny_base)
+  save_folder(tmp_path / 'ours', leaves_config, params, tokenizer)
   oracle = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / 'ours', attn_implementation='eager'
   )
   tokens = np.arange(24).reshape(2, 12) * 5 % 96
   with torch.no_grad():
     expected = oracle.eval()(torch.tensor(tokens)).logits.numpy()
-  found = jax.jit(Decoder(family_config).apply)({'params': params}, tokens)
+  found = compiled(leaves_config)({'params': params}, tokens)
   assert_near(found, expected)
 
 
-def test_a_folder_of_transformers_is_read(family_config, tmp_path):
-  params = make_params(family_config)
-  make_oracle(family_config, params).save_pretrained(tmp_path)
+def test_a_folder_of_transformers_is_read(leaves_config, tmp_path):
+  params = make_params(leaves_config)
+  make_oracle(leaves_config, params).save_pretrained(tmp_path)
   model = HfModel(tmp_path)
-  assert model.config == family_config
+  assert model.config == leaves_config
   found = stored(model.config, load_params(model))
-  for name, tensor in stored(family_config, params).items():
+  for name, tensor in stored(leaves_config, params).items():
     np.testing.assert_array_equal(found[name], tensor)
 
 

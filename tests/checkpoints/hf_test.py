@@ -198,6 +198,7 @@ def edit(path, **fields):
   [
     ({'model_type': 'mamba'}, "'mamba'"),
     ({'auto_map': {'AutoModel': 'x.Y'}}, 'never run'),
+    ({'auto_map': {'AutoModel': 'x.LlamaX', 'AutoY': 'x.Y'}}, 'never run'),
     ({'quantization_config': {'quant_method': 'gptq'}}, 'is quantized'),
     ({'hidden_size': -64}, 'hidden_size=-64'),
     ({'hidden_size': '64'}, "hidden_size='64'"),

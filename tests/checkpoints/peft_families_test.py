@@ -11,10 +11,10 @@ import pytest
 import jlora
 from jlora.checkpoints.peft import load_adapter
 from jlora.errors import AdapterError
-from jlora.models.decoder import Decoder
 from tests.decoders import (
   ROWS,
   assert_near,
+  compiled,
   make_config,
   make_oracle,
   make_params,
@@ -36,8 +36,7 @@ peft = pytest.importorskip('peft')
 def merged_logits(config, params, spec, trainable):
   frozen, _ = jlora.partition(jax.random.key(0), params, spec)
   merged = jlora.merge(frozen, trainable, spec)
-  apply = jax.jit(Decoder(config).apply)
-  return np.asarray(apply({'params': merged}, jnp.asarray(TOKENS)))
+  return np.asarray(compiled(config)({'params': merged}, jnp.asarray(TOKENS)))
 
 
 def torch_logits(model):
@@ -50,24 +49,24 @@ FULL = ('.*/(q|qkv)_proj/.*', '.*norm/(scale|bias)')
 
 @pytest.mark.parametrize('full', [(), FULL])
 def test_peft_computes_the_merged_logits(
-  family_config, make_adapted, tmp_path, full
+  leaves_config, make_adapted, tmp_path, full
 ):
   fields = {'train_full': full, 'exclude': FULL[:1] if full else ()}
-  adapted = make_adapted(config=family_config, targets='all-linear', **fields)
+  adapted = make_adapted(config=leaves_config, targets='all-linear', **fields)
   adapted.save(tmp_path / 'adapter')
-  base = make_oracle(family_config, adapted.params)
+  base = make_oracle(leaves_config, adapted.params)
   model = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter')
   expected = merged_logits(
-    family_config, adapted.params, adapted.spec, adapted.trainable
+    leaves_config, adapted.params, adapted.spec, adapted.trainable
   )
   assert_near(torch_logits(model), expected)
   adapted.expect_same_bytes_again(tmp_path / 'adapter')
 
 
-def test_logits_of_an_adapter_of_peft(family_config, tmp_path):
-  params = make_params(family_config)
-  base = make_oracle(family_config, params)
-  moe, plain = family_config.experts > 0, family_config.family == 'gpt2'
+def test_logits_of_an_adapter_of_peft(leaves_config, tmp_path):
+  params = make_params(leaves_config)
+  base = make_oracle(leaves_config, params)
+  moe, plain = leaves_config.experts > 0, leaves_config.family == 'gpt2'
   config = peft.LoraConfig(
     r=4,
     target_modules='all-linear',
@@ -80,8 +79,8 @@ def test_logits_of_an_adapter_of_peft(family_config, tmp_path):
     if 'lora_B' in name or 'modules_to_save' in name:
       value.data += 0.1 * torch.randn_like(value)
   model.save_pretrained(tmp_path / 'adapter', save_embedding_layers=False)
-  loaded = load_adapter(tmp_path / 'adapter', family_config)
-  found = merged_logits(family_config, params, loaded.spec, loaded.trainable)
+  loaded = load_adapter(tmp_path / 'adapter', leaves_config)
+  found = merged_logits(leaves_config, params, loaded.spec, loaded.trainable)
   assert_near(found, torch_logits(model))
 
 

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -110,3 +112,25 @@ def test_other_sources_and_negative_steps_are_refused(make_loader):
     make_loader().seek(state)
   with pytest.raises(DataError, match='step -1'):
     make_loader().batch(-1)
+
+
+def test_a_process_does_not_wait_for_the_next_block():
+  code = """
+import time
+import numpy as np
+from jlora.data.stream_loader import StreamLoader
+from jlora.data.tokens import Example
+
+class Slow:
+  position, taken = (0, 0), 0
+  def seek(self, position): pass
+  def take(self):
+    self.taken += 1
+    time.sleep(0.1 * (self.taken > 400))  # the second block takes 40 s
+    return Example(np.zeros(2, np.int32), np.array([False, True]))
+
+loader = StreamLoader([Slow()], [1.0], batch_size=4, max_length=8, buffer=400)
+loader.batch(0)
+time.sleep(0.2)
+"""
+  subprocess.run([sys.executable, '-c', code], check=True, timeout=30)

@@ -280,12 +280,13 @@ def test_a_single_answer_is_never_divided(tokenizer_of, name):
   assert len(tokenize(single, tokenizer)) == 1
 
 
-def test_a_system_turn_that_an_answer_removes_is_refused(tokenizer_of):
-  chat = Conversation((SYSTEM, *CHAT), where='a.jsonl:1')
-  with pytest.raises(
-    DataError, match=r'a.jsonl:1: .*Hi\[/INST\].* turn 3 of 5'
-  ):
-    tokenize(chat, tokenizer_of(MISTRAL))
+def test_a_system_turn_that_an_answer_removes_is_given(tokenizer_of):
+  tokenizer = tokenizer_of(MISTRAL)
+  examples = tokenize(Conversation((SYSTEM, *CHAT)), tokenizer)
+  assert [marked(example, tokenizer) for example in examples] == [
+    '<s>[INST] Be kind.\n\nHi[/INST]⟦ Yo é</s>⟧',
+    '<s>[INST] Hi[/INST] Yo é</s>[INST] Be kind.\n\nWhy?[/INST]⟦ So.</s>⟧',
+  ]
 
 
 TOOL = {'type': 'function', 'function': {'name': 'add'}}

@@ -1,17 +1,33 @@
 import dataclasses
+import math
 
 import pytest
 
 import jlora
+from jlora.core import tree
 from jlora.errors import ConfigError
 from jlora.models import families, layout
 from tests.decoders import CONFIG
 
 
-def test_every_leaf_has_one_name_a_layer():
-  for weight in layout.weights(CONFIG):
-    assert len(weight.modules) == (3 if weight.stacked else 1)
-    assert len(set(weight.modules)) == len(weight.modules)
+def test_every_leaf_has_one_name_at_each_of_its_places(family_config):
+  names = []
+  for weight in layout.weights(family_config):
+    assert weight.shape[: len(weight.stack)] == weight.stack
+    assert len(weight.tensors) == math.prod(weight.stack)
+    names += weight.tensors
+  assert len(set(names)) == len(names)
+
+
+def test_presets_are_all_kernels_but_the_head_and_the_router(family_config):
+  spec = jlora.LoraSpec(targets=('attention', 'mlp'))
+  shapes = layout.shapes(family_config)
+  found = tree.matching(
+    families.resolve(spec, family_config).targets, list(shapes)
+  )
+  others = {'lm_head/kernel', 'layers/mlp/router/kernel'}
+  kernels = {path for path in shapes if path.endswith('/kernel')}
+  assert set(found) == kernels - others
 
 
 def test_the_head_is_the_embedding_only_where_it_is_tied():

@@ -8,6 +8,7 @@ from jlora.errors import BaseModelError
 from jlora.models.families import FAMILIES
 from jlora.models.hf_config import read_config, write_config
 from jlora.models.rope_scaling import Llama3Scaling, YarnScaling
+from tests.decoders import make_config
 
 MINIMAL = {
   'vocab_size': 96,
@@ -92,6 +93,28 @@ def test_rope_fields_of_older_transformers_are_read():
     ({'model_type': 'smollm3', 'no_rope_layer_interval': 0}, 'interval=0'),
     ({'model_type': 'mistral', 'sliding_window': '7'}, "window='7'"),
     ({'rope_scaling': {'type': 'linear', 'factor': 'x'}}, "factor='x'"),
+    (
+      {'rope_scaling': {'type': 'linear', 'factor': 2, 'mscale': 3}},
+      'mscale=3',
+    ),
+    (
+      {
+        'model_type': 'phi3',
+        'rope_scaling': {
+          'type': 'longrope',
+          'short_factor': [1.0],
+          'long_factor': [1.0],
+        },
+      },
+      'a list of 4',
+    ),
+    ({'model_type': 'phi3', 'full_attn_mod': 2}, 'full_attn_mod=2'),
+    ({'model_type': 'qwen3_moe', 'mlp_only_layers': [1]}, 'mlp_only_layers'),
+    (
+      {'model_type': 'gemma2', 'hidden_activation': 'relu'},
+      'hidden_activation',
+    ),
+    ({'use_sliding_window': True}, 'use_sliding_window=True'),
   ],
 )
 def test_what_the_decoder_does_not_compute_is_refused(fields, message):
@@ -117,11 +140,119 @@ def test_a_missing_size_is_named(field):
     read_config(fields)
 
 
-def test_windows_are_those_of_the_layers_that_have_them(family_config):
-  if family_config.family == 'mistral':
-    off = dataclasses.replace(
-      family_config, sliding_window=None, local_layers=()
-    )
-    assert read_config(write_config(off)) == off
-  local = family_config.local_layers
-  assert (family_config.sliding_window is None) == (local == ())
+def test_a_window_may_be_off():
+  config = make_config('mistral')
+  off = dataclasses.replace(config, sliding_window=None, local_layers=())
+  assert read_config(write_config(off)) == off
+
+
+# Fields of files that were published, beside the sizes.
+PUBLISHED = {
+  'phi-4-mini': {
+    'model_type': 'phi3',
+    'auto_map': {'AutoModelForCausalLM': 'modeling_phi3.Phi3ForCausalLM'},
+    'embd_pdrop': 0.0,
+    'full_attn_mod': 1,
+    'interpolate_factor': 1,
+    'lm_head_bias': False,
+    'mlp_bias': False,
+    'original_max_position_embeddings': 4096,
+    'partial_rotary_factor': 0.5,
+    'rope_scaling': {
+      'type': 'longrope',
+      'short_factor': [1.0, 1.5],
+      'long_factor': [1.0, 2.0],
+    },
+    'rope_theta': 10000.0,
+    'sliding_window': 262144,
+  },
+  'gemma-2-9b': {
+    'model_type': 'gemma2',
+    'cache_implementation': 'hybrid',
+    'final_logit_softcapping': 30.0,
+    'head_dim': 8,
+    'hidden_act': 'gelu',
+    'hidden_activation': 'gelu_pytorch_tanh',
+    'num_key_value_heads': 2,
+    'query_pre_attn_scalar': 8,
+    'sliding_window_size': 4096,
+  },
+  'gemma-3-1b': {
+    'model_type': 'gemma3_text',
+    'attn_logit_softcapping': None,
+    'cache_implementation': 'hybrid',
+    'head_dim': 8,
+    'hidden_activation': 'gelu_pytorch_tanh',
+    'num_key_value_heads': 1,
+    'rope_local_base_freq': 10000,
+    'rope_scaling': None,
+    'rope_theta': 1000000,
+    'sliding_window': 512,
+    'sliding_window_pattern': 6,
+  },
+  'qwen3-30b-a3b': {
+    'model_type': 'qwen3_moe',
+    'decoder_sparse_step': 1,
+    'head_dim': 8,
+    'max_window_layers': 48,
+    'mlp_only_layers': [],
+    'moe_intermediate_size': 24,
+    'norm_topk_prob': True,
+    'num_experts': 8,
+    'num_experts_per_tok': 2,
+    'num_key_value_heads': 2,
+    'output_router_logits': False,
+    'rope_scaling': None,
+    'router_aux_loss_coef': 0.001,
+    'sliding_window': None,
+    'use_qk_norm': True,
+    'use_sliding_window': False,
+  },
+  'mixtral-8x7b': {
+    'model_type': 'mixtral',
+    'num_experts_per_tok': 2,
+    'num_key_value_heads': 2,
+    'num_local_experts': 8,
+    'output_router_logits': False,
+    'rope_theta': 1000000.0,
+    'router_aux_loss_coef': 0.02,
+    'sliding_window': None,
+  },
+}
+
+
+@pytest.mark.parametrize('name', PUBLISHED)
+def test_published_fields_are_read_as_transformers_reads_them(name):
+  pytest.importorskip('torch')
+  from transformers import AutoConfig
+
+  fields = {**MINIMAL, **PUBLISHED[name]}
+  given = {
+    k: v for k, v in fields.items() if k not in ('model_type', 'auto_map')
+  }
+  oracle = AutoConfig.for_model(fields['model_type'], **given)
+  known = {
+    k: v for k, v in oracle.to_dict().items() if k not in PUBLISHED[name]
+  }
+  again = read_config({**PUBLISHED[name], **known})
+  assert read_config(fields) == read_config(oracle.to_dict()) == again
+
+
+def test_gpt2_xl_is_read_as_published():
+  fields = {
+    'model_type': 'gpt2',
+    'activation_function': 'gelu_new',
+    'layer_norm_epsilon': 1e-5,
+    'n_ctx': 1024,
+    'n_embd': 32,
+    'n_head': 4,
+    'n_layer': 3,
+    'n_positions': 1024,
+    'output_past': True,
+    'predict_special_tokens': True,
+    'summary_activation': None,
+    'task_specific_params': {'text-generation': {'do_sample': True}},
+    'vocab_size': 96,
+  }
+  found = read_config(fields)
+  assert (found.mlp_dim, found.max_positions, found.heads) == (128, 1024, 4)

@@ -10,7 +10,7 @@ import pytest
 
 from jlora.models.decoder import Decoder, make_cache
 from jlora.models.rope_scaling import DynamicScaling, LongScaling
-from tests.decoders import assert_near, make_oracle, make_params
+from tests.decoders import assert_near, compiled, make_oracle, make_params
 
 torch = pytest.importorskip('torch')
 
@@ -26,23 +26,33 @@ def logits_of(oracle, tokens, **fields):
     return oracle(torch.tensor(tokens), **fields).logits.numpy()
 
 
+@functools.cache
+def models_of(config):
+  """Returns the parameters of a decoder, and the same in transformers."""
+  params = make_params(config)
+  return params, make_oracle(config, params)
+
+
 def test_logits(family_config):
-  params = make_params(family_config)
+  params, oracle = models_of(family_config)
   tokens = make_tokens(family_config, 2, 40)
-  found = jax.jit(Decoder(family_config).apply)({'params': params}, tokens)
-  assert_near(found, logits_of(make_oracle(family_config, params), tokens))
+  positions = np.tile(np.arange(40), (2, 1))
+  found = compiled(family_config)(
+    {'params': params}, tokens, positions, np.zeros_like(tokens)
+  )
+  assert_near(found, logits_of(oracle, tokens))
 
 
 def test_logits_behind_padding(family_config):
-  params = make_params(family_config)
-  tokens, padding = make_tokens(family_config, 2, 20), np.array([0, 6])
-  real = np.arange(20) >= padding[:, None]
-  positions = np.maximum(np.arange(20) - padding[:, None], 0)
-  found = jax.jit(Decoder(family_config).apply)(
+  params, oracle = models_of(family_config)
+  tokens, padding = make_tokens(family_config, 2, 40), np.array([0, 6])
+  real = np.arange(40) >= padding[:, None]
+  positions = np.maximum(np.arange(40) - padding[:, None], 0)
+  found = compiled(family_config)(
     {'params': params}, tokens, positions, real.astype(int)
   )
   expected = logits_of(
-    make_oracle(family_config, params),
+    oracle,
     tokens,
     attention_mask=real.astype(int),
     position_ids=positions,
@@ -51,17 +61,21 @@ def test_logits_behind_padding(family_config):
 
 
 def test_logits_of_packed_sequences(family_config):
-  params, lengths = make_params(family_config), (5, 1, 12)
-  parts = [make_tokens(family_config, 1, n) for n in lengths]
-  found = jax.jit(Decoder(family_config).apply)(
+  params, oracle = models_of(family_config)
+  # Lengths of the sequences in a row, none beyond an original context.
+  rows = [(5, 1, 16, 4, 14), (12, 12, 16)]
+  parts = [[make_tokens(family_config, 1, n) for n in row] for row in rows]
+  found = compiled(family_config)(
     {'params': params},
-    np.concatenate(parts, axis=1),
-    np.concatenate([np.arange(n)[None] for n in lengths], axis=1),
-    np.repeat(np.arange(3), lengths)[None],
+    np.concatenate([np.concatenate(row, axis=1) for row in parts]),
+    np.stack([np.concatenate([*map(np.arange, row)]) for row in rows]),
+    np.stack([np.repeat(np.arange(len(row)), row) for row in rows]),
   )
-  oracle = make_oracle(family_config, params)
-  expected = [logits_of(oracle, part) for part in parts]
-  assert_near(found, np.concatenate(expected, axis=1))
+  expected = [
+    np.concatenate([logits_of(oracle, part) for part in row], axis=1)
+    for row in parts
+  ]
+  assert_near(found, np.concatenate(expected))
 
 
 def test_greedy_tokens(family_config):
@@ -70,9 +84,9 @@ def test_greedy_tokens(family_config):
     family_config = dataclasses.replace(family_config, rope_scaling=None)
   # Where factors change with the length, they are those of the whole text.
   long = isinstance(family_config.rope_scaling, LongScaling)
-  params, new = make_params(family_config), 32
+  (params, oracle), new = models_of(family_config), 32
   prompt = make_tokens(family_config, 2, 20 if long else 9)
-  expected = make_oracle(family_config, params).generate(
+  expected = oracle.generate(
     torch.tensor(prompt),
     attention_mask=torch.ones(prompt.shape, dtype=torch.long),
     max_new_tokens=new,
