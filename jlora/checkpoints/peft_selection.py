@@ -167,7 +167,7 @@ def check_selection(selection: Selection, base: Modules) -> None:
   if whole := selection.saved & base.experts:
     raise AdapterError(
       f'{min(whole)!r} is trained in full, and PEFT has no file for single'
-      ' experts; export the whole model with --to=merged'
+      ' experts; adapt them with targets, or train no adapters at all'
     )
   paired = selection.pairs.keys() & base.owners.keys()
   if paired and selection.variant == 'dora':
