@@ -69,7 +69,9 @@ class Fused:
 
   def fuse(self, tensors: Tensors) -> Tensors:
     """Returns the fused tensors, of which those of modules are given."""
-    shapes = self.shapes({key: t.shape for key, t in tensors.items()})
+    first = next(iter(self.blocks))
+    keys = [key_of(first, end) for end in ENDS]
+    shapes = self.shapes({key: tensors[key].shape for key in keys})
     found = {key: np.zeros(shape, np.float32) for key, shape in shapes.items()}
     a, b = self._views(found)
     for module, block in self.blocks.items():
