@@ -1,6 +1,5 @@
 """Adapters as PEFT writes and reads them."""
 
-import collections
 import dataclasses
 import os
 import pathlib
@@ -226,8 +225,10 @@ def _trained(
 
 
 def _shapes(layouts: Mapping[str, Layout]) -> Shapes:
-  shapes = [layout.tensor_shapes() for layout in layouts.values()]
-  return dict(collections.ChainMap(*shapes))
+  found: dict[str, tuple[int, ...]] = {}
+  for layout in layouts.values():
+    found |= layout.tensor_shapes()
+  return found
 
 
 def split_initial(
