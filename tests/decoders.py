@@ -134,6 +134,22 @@ PATTERNS_OF_PARAMETERS = (
 )
 
 
+# The row of each family that does most.
+BUSIEST = (
+  'llama biases',
+  'mistral',
+  'qwen2 windows',
+  'qwen3',
+  'smollm3 windows',
+  'phi3 partly rotated',
+  'gemma2',
+  'gemma3_text',
+  'gpt2',
+  'mixtral',
+  'qwen3_moe',
+)
+
+
 def make_config(name):
   """Returns the small decoder of a row."""
   return dataclasses.replace(CONFIG, family=name.split()[0], **ROWS[name])

@@ -199,6 +199,7 @@ def test_methods_are_flags_of_one_run(commands, tmp_path):
   assert summary['trainable_params'] == expected
 
 
+@pytest.mark.slow
 def test_an_init_that_changes_the_base_is_the_same_in_every_process(
   commands, tmp_path
 ):

@@ -8,27 +8,13 @@ import pytest
 import jlora
 from jlora.models import families
 from jlora.models.decoder import Decoder
-from tests.decoders import make_config, make_params
+from tests.decoders import BUSIEST, make_config, make_params
 
-# The row of each family that does most.
-NAMES = (
-  'llama biases',
-  'mistral',
-  'qwen2 windows',
-  'qwen3',
-  'smollm3 windows',
-  'phi3 partly rotated',
-  'gemma2',
-  'gemma3_text',
-  'gpt2',
-  'mixtral',
-  'qwen3_moe',
-)
 QUANT = {'lora': None, 'qlora': jlora.QuantSpec(block_size=4)}
 
 
 @pytest.mark.parametrize('method', QUANT)
-@pytest.mark.parametrize('name', NAMES)
+@pytest.mark.parametrize('name', BUSIEST)
 def test_lifted_logits_and_gradients_are_the_merged(name, method, quick_jit):
   config = make_config(name)
   spec = families.resolve(jlora.LoraSpec(rank=2), config)

@@ -1,6 +1,5 @@
 """Every family computes what transformers computes."""
 
-import dataclasses
 import functools
 
 import jax
@@ -9,8 +8,15 @@ import numpy as np
 import pytest
 
 from jlora.models.decoder import Decoder, make_cache
-from jlora.models.rope_scaling import DynamicScaling, LongScaling
-from tests.decoders import assert_near, compiled, make_oracle, make_params
+from jlora.models.rope_scaling import LongScaling
+from tests.decoders import (
+  BUSIEST,
+  assert_near,
+  compiled,
+  make_config,
+  make_oracle,
+  make_params,
+)
 
 torch = pytest.importorskip('torch')
 
@@ -78,14 +84,13 @@ def test_logits_of_packed_sequences(family_config):
   assert_near(found, np.concatenate(expected))
 
 
-def test_greedy_tokens(family_config):
-  if isinstance(family_config.rope_scaling, DynamicScaling):
-    # transformers keeps keys that were rotated for a shorter sequence.
-    family_config = dataclasses.replace(family_config, rope_scaling=None)
+@pytest.mark.parametrize('name', [*BUSIEST, 'phi3 longrope'])
+def test_greedy_tokens(name):
+  config = make_config(name)
   # Where factors change with the length, they are those of the whole text.
-  long = isinstance(family_config.rope_scaling, LongScaling)
-  (params, oracle), new = models_of(family_config), 32
-  prompt = make_tokens(family_config, 2, 20 if long else 9)
+  long = isinstance(config.rope_scaling, LongScaling)
+  (params, oracle), new = models_of(config), 32
+  prompt = make_tokens(config, 2, 20 if long else 9)
   expected = oracle.generate(
     torch.tensor(prompt),
     attention_mask=torch.ones(prompt.shape, dtype=torch.long),
@@ -94,9 +99,9 @@ def test_greedy_tokens(family_config):
     eos_token_id=None,
     pad_token_id=0,
   )
-  model, slots = Decoder(family_config), prompt.shape[1] + new
+  model, slots = Decoder(config), prompt.shape[1] + new
   decode = jax.jit(functools.partial(model.apply, method='decode'))
-  cache, tokens = make_cache(family_config, 2, slots, jnp.float32), prompt
+  cache, tokens = make_cache(config, 2, slots, jnp.float32), prompt
   known, start = [prompt], 0
   for _ in range(new):
     places = np.arange(start, start + tokens.shape[1])

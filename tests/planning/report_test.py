@@ -36,6 +36,7 @@ def test_a_plan_is_printed_and_written(
   assert any(line.startswith('| h100 | usable |') for line in lines)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_is_followed_by_what_was_tried(
   make_counting, make_spec, console
 ):
@@ -65,6 +66,7 @@ def test_a_sweep_leaves_a_table_and_a_figure(
   assert '(counted)' in (tmp_path / 'new' / 'sweep.md').read_text()
 
 
+@pytest.mark.slow
 def test_a_sweep_ends_with_the_first_that_does_not_fit(
   make_counting, make_spec
 ):

@@ -18,7 +18,7 @@ CASES = [
   ('even', 'nf4'),
   ('odd', 'plain'),
   ('odd', 'nf4'),
-  ('smollm2', 'plain'),
+  pytest.param(('smollm2', 'plain'), marks=pytest.mark.slow),
   ('smollm2', 'nf4'),
 ]
 
