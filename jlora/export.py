@@ -28,6 +28,7 @@ from jlora import door
 from jlora.errors import ConfigError
 
 if TYPE_CHECKING:
+  from jlora.inference.exports import Files
   from jlora.inference.tuned import Tuned
 
 _RUN = flags.DEFINE_string('run', None, 'Run folder.')
@@ -124,7 +125,7 @@ def _read_dtype(to: str) -> str:
 
 def _write(tuned: 'Tuned', out: pathlib.Path, dtype: str) -> list[str]:
   """Writes, and returns what there is to say."""
-  from jlora.inference import exports
+  from jlora.inference import exports, packing
 
   files = exports.Files(dtype=dtype, max_shard_size=_SHARD.value)
   if _TO.value == 'peft':
@@ -136,21 +137,24 @@ def _write(tuned: 'Tuned', out: pathlib.Path, dtype: str) -> list[str]:
     distance = exports.write_merged(tuned, out, files, into=_INTO.value)
     return [f'merged into the {_INTO.value} weights: {distance}']
   if not _REQUANTIZE.value:
-    return exports.write_packed(tuned, out, files)
+    return packing.write_packed(tuned, out, files)
   return _requantize(tuned, out, files)
 
 
-def _requantize(tuned: 'Tuned', out: pathlib.Path, files: object) -> list[str]:
-  from jlora.inference import exports
+def _requantize(tuned: 'Tuned', out: pathlib.Path, files: 'Files') -> list[str]:
+  import numpy as np
+
+  from jlora.inference import packing
   from jlora.inference.requantizing import requantize
 
-  found = requantize(tuned)
+  packing.codes_of(tuned)  # or it refuses
+  found = requantize(tuned, np.dtype(files.dtype))
   if not _ANYWAY.value:
     raise ConfigError(
       f'{found}; leave --requantize out, which writes codes and adapter apart,'
       ' use --to=merged, or write this with --anyway'
     )
-  return exports.write_requantized(tuned, out, files, found)
+  return packing.write_requantized(tuned, out, files, found)
 
 
 if __name__ == '__main__':

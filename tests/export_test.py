@@ -102,7 +102,7 @@ def test_a_merged_folder_gives_the_adapted_models_text(
 
   distance = exports.write_merged(tuned, tmp_path / 'm', exports.Files())
   assert 0 < distance.share < 0.01  # bfloat16 has 8 bits
-  assert distance.kernels == 14
+  assert (distance.tensors, distance.adapted) == (20, 14)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / 'm', dtype=torch.float32
   )
@@ -162,10 +162,10 @@ def test_the_codes_are_those_that_bitsandbytes_would_store(
 ):
   from safetensors.torch import load_file
 
-  from jlora.inference import exports
+  from jlora.inference import exports, packing
   from tests.checkpoints.packing_4bit import is_linear, pack
 
-  exports.write_packed(tuned, tmp_path / 'q', exports.Files(dtype='float32'))
+  packing.write_packed(tuned, tmp_path / 'q', exports.Files(dtype='float32'))
   found = load_file(tmp_path / 'q' / 'model.safetensors')
   dense = load_file(tiny_base / 'model.safetensors')
   off = total = 0
@@ -195,10 +195,10 @@ def test_a_base_in_codes_is_trained_on_and_exported_as_it_is(
   from jlora import runs
   from jlora.core.quantized import is_quantized
   from jlora.core.tree import leaves_by_path
-  from jlora.inference import exports
+  from jlora.inference import exports, packing
 
   files = exports.Files(dtype='float32')
-  exports.write_packed(tuned, tmp_path / 'q', files)
+  packing.write_packed(tuned, tmp_path / 'q', files)
   flags = (f'--config.base={tmp_path / "q"}', '--config.train.steps=2')
   ended = commands.train(tmp_path / 'run', *flags)
   assert ended.rc == 0, ended.stderr
@@ -215,7 +215,7 @@ def test_a_base_in_codes_is_trained_on_and_exported_as_it_is(
         for x in (tuned, again)
       )
     )
-  exports.write_packed(again, tmp_path / 'copy', files)
+  packing.write_packed(again, tmp_path / 'copy', files)
   for path in (tmp_path / 'q').iterdir():
     assert (tmp_path / 'copy' / path.name).read_bytes() == path.read_bytes()
 

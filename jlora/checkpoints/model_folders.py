@@ -141,7 +141,7 @@ def stored_tensors(
   params: Mapping[str, Any] | Iterable[tuple[str, Any]],
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields tensors with Hugging Face's names and layout."""
-  leaves = {weight.path: weight for weight in layout.weights(config)}
+  leaves = layout.by_path(config)
   if isinstance(params, Mapping):
     params = leaves_by_path(params).items()
   for path, leaf in params:

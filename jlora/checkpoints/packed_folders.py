@@ -56,7 +56,7 @@ def choose_packed(
         f' bitsandbytes has {" and ".join(_FORMATS)} in blocks of'
         f' {", ".join(map(str, _BLOCK_SIZES))}. Use --to=merged'
       )
-  by_path = {weight.path: weight for weight in layout.weights(config)}
+  by_path = layout.by_path(config)
   if others := {p for p in leaves if len(by_path[p].stack) > 1}:
     raise ConfigError(
       f'{listed(others)} is in 4 bits, and transformers holds the experts of a'
@@ -109,7 +109,7 @@ def save_packed(
     CheckpointError: As in `save_folder`.
   """
   dtype = check_dtype(dtype)
-  by_path = {weight.path: weight for weight in layout.weights(config)}
+  by_path = layout.by_path(config)
   shapes = stored_shapes(config)
   entries = {name: Entry(shape, dtype) for name, shape in shapes.items()}
   for path, leaf in packed.items():

@@ -27,8 +27,10 @@ from jlora.core.decompositions import Start
 from jlora.core.lazy import densify, is_lazy
 from jlora.core.lift import lift
 from jlora.core.lora import INITS_THAT_CHANGE_THE_BASE, LoraSpec
+from jlora.core.plan import is_frozen_leaf
 from jlora.core.quantization import QuantSpec
-from jlora.core.tree import nodes_by_path
+from jlora.core.quantized import QuantizedArray, is_quantized
+from jlora.core.tree import leaves_by_path, nodes_by_path
 from jlora.models import families
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
@@ -67,6 +69,18 @@ class Tuned:
     if self.spec is None:
       return self.frozen
     return combine(self.frozen, self.trainable, self.spec)
+
+  @property
+  def codes(self) -> dict[str, QuantizedArray]:
+    """The frozen kernels that are in codes, by path."""
+    leaves = leaves_by_path(self.frozen, is_frozen_leaf)
+    return {path: x for path, x in leaves.items() if is_quantized(x)}
+
+  @property
+  def whole(self) -> set[str]:
+    """Paths of the leaves that the adapter replaces."""
+    nodes = nodes_by_path(self.trainable)
+    return {path for path, node in nodes.items() if 'full' in node}
 
   def dense(self, dtype: Any) -> Any:
     """Returns plain parameters: the trained base plus the adapter's update.
