@@ -18,7 +18,7 @@ from jlora.checkpoints.shard_files import (
   write_model,
 )
 from jlora.checkpoints.shards import DTYPES, load_json
-from jlora.checkpoints.weights import listed, stored_shapes
+from jlora.checkpoints.weights import stored_shapes
 from jlora.core.tree import leaves_by_path
 from jlora.errors import CheckpointError, ConfigError
 from jlora.models import layout
@@ -105,7 +105,6 @@ def save_tensors(
     max_shard_size: As there.
   """
   folder, largest = pathlib.Path(folder).resolve(), as_bytes(max_shard_size)
-  _check_replaceable(folder)
   with replacing(folder, known=is_saved) as new:
     write_model(new, entries, tensors, largest=largest)
     _write_metadata(new, fields, tokenizer, eos_token_ids)
@@ -118,17 +117,6 @@ def check_dtype(dtype: Any) -> np.dtype:
       f'weights cannot be saved as {dtype!r}; use {", ".join(DTYPES.values())}'
     )
   return np.dtype(dtype)
-
-
-def _check_replaceable(folder: pathlib.Path) -> None:
-  if folder.is_file():
-    raise ConfigError(f'{folder} is a file; name a new folder')
-  found = [path.name for path in folder.iterdir()] if folder.exists() else []
-  if others := [name for name in found if not is_saved(name)]:
-    raise ConfigError(
-      f'{folder} would be replaced, but holds {listed(others)}, which a saved'
-      ' model does not; name a new folder'
-    )
 
 
 def is_saved(name: str) -> bool:

@@ -4,6 +4,8 @@ import dataclasses
 import os
 import pathlib
 
+import numpy as np
+
 from jlora.checkpoints.gguf_writer import plan_gguf, save_gguf
 from jlora.checkpoints.model_folders import (
   MAX_SHARD_SIZE,
@@ -11,6 +13,7 @@ from jlora.checkpoints.model_folders import (
   save_folder,
 )
 from jlora.checkpoints.peft import save_adapter
+from jlora.core.tree import nest
 from jlora.errors import ConfigError
 from jlora.inference.merging import Distance, merged_leaves
 from jlora.inference.tuned import Tuned
@@ -60,7 +63,9 @@ def write_merged(
   return distance
 
 
-def write_gguf(tuned: Tuned, out: os.PathLike[str], kind: str) -> str:
+def write_gguf(
+  tuned: Tuned, out: os.PathLike[str], kind: str
+) -> tuple[str, Distance]:
   """Writes base and adapter as one GGUF file.
 
   Args:
@@ -69,7 +74,8 @@ def write_gguf(tuned: Tuned, out: os.PathLike[str], kind: str) -> str:
     kind: What weights are rounded to, in GGUF's words.
 
   Returns:
-    What the file holds, in one line.
+    What the file holds, in one line, and how far that is from what was
+    trained.
 
   Raises:
     ConfigError: GGUF cannot express the model or its tokenizer.
@@ -82,8 +88,12 @@ def write_gguf(tuned: Tuned, out: os.PathLike[str], kind: str) -> str:
     eos_token_ids=tuned.base.eos_token_ids,
     title=pathlib.Path(out).stem,
   )
-  save_gguf(out, plan, tuned.dense('float32'))
-  return plan.describe()
+  distance = Distance()
+  leaves = merged_leaves(
+    tuned, distance, into='trained', dtype=np.dtype('float32')
+  )
+  save_gguf(out, plan, nest(dict(leaves)), count=distance.add_rounding)
+  return plan.describe(), distance
 
 
 def write_peft(tuned: Tuned, out: os.PathLike[str]) -> None:
@@ -98,7 +108,7 @@ def write_peft(tuned: Tuned, out: os.PathLike[str]) -> None:
     AdapterError: PEFT has no form for it.
   """
   if tuned.spec is None:
-    raise ConfigError('there is no adapter to write; use --to=merged')
+    raise ConfigError('there is no adapter to write')
   save_adapter(
     out,
     tuned.trainable,

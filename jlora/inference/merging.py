@@ -64,6 +64,10 @@ class Distance:
       self.update += _squares(np.asarray(frozen, np.float32) - trained)
       self.adapted += 1
 
+  def add_rounding(self, written: Any, given: Any) -> None:
+    """Counts what rounding made of a tensor that was counted before it."""
+    self.error += _squares(np.asarray(written, np.float32) - given)
+
   def __str__(self) -> str:
     """Says it in one sentence."""
     over = f'(Frobenius norm over {self.tensors} tensors)'

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 
 from jlora.checkpoints.adapters import CONFIG_FILE, load_json
-from jlora.checkpoints.bases import open_base
-from jlora.checkpoints.folders import replacing
+from jlora.checkpoints.bases import Base, open_base
+from jlora.checkpoints.folders import check_replaceable, replacing
 from jlora.checkpoints.model_folders import is_saved, save_tokenizer
 from jlora.checkpoints.packed_folders import choose_packed, save_packed
 from jlora.checkpoints.peft import save_adapter
@@ -45,13 +45,15 @@ def write_packed(
   """
   out = pathlib.Path(out).resolve()
   adapter = beside(out)
+  check_replaceable(out, is_saved)
   if tuned.spec is not None:
     check_beside(adapter)
   if tuned.base.codes:
     _copy(tuned, out)
     said = ['the base is stored in 4 bits already: its files are copied']
   else:
-    said = [_write_codes(tuned, codes_of(tuned), out, files)]
+    require_codes(tuned.base, tuned.codes)
+    said = [_write_codes(tuned, tuned.codes, out, files)]
   if tuned.spec is None:
     return said
   _write_beside(tuned, adapter, out)
@@ -82,20 +84,20 @@ def write_requantized(
   return [str(found), _write_codes(tuned, found.codes, out, files, found.rest)]
 
 
-def codes_of(tuned: Tuned) -> dict[str, QuantizedArray]:
-  """Returns the kernels that are in codes, by path.
+def require_codes(base: Base, codes: Mapping[str, Any]) -> None:
+  """Requires that some kernels of a base are in codes.
 
   Args:
-    tuned: The model.
+    base: The base.
+    codes: Those that are, by path.
 
   Raises:
-    ConfigError: There are none.
+    ConfigError: None is.
   """
-  if not (codes := tuned.codes):
+  if not codes:
     raise ConfigError(
-      f'{tuned.base.name} is in full precision here, and has no codes to write'
+      f'{base.name} is in full precision here, and has no codes to write'
     )
-  return codes
 
 
 def _copy(tuned: Tuned, out: pathlib.Path) -> None:

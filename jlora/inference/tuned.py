@@ -92,6 +92,9 @@ class Tuned:
     return jax.tree.map(cast, self.params, is_leaf=is_lazy)
 
 
+Check = Callable[[Base, LoraSpec | None, QuantSpec | None], None]
+
+
 def load_tuned(
   base_name: str,
   adapter_folder: os.PathLike[str] | str | None = None,
@@ -99,6 +102,7 @@ def load_tuned(
   quant: QuantSpec | None = None,
   dtype: str = 'auto',
   allow_other_base: bool = False,
+  check: Check = lambda base, spec, quant: None,
 ) -> Tuned:
   """Loads a base and puts an adapter beside it.
 
@@ -109,6 +113,9 @@ def load_tuned(
       adapter says how its base was quantized in training, that decides.
     dtype: 'auto', 'float32' or 'bfloat16'.
     allow_other_base: Whether an adapter of another base is accepted.
+    check: Called before any weights of the base are read, with the base, what
+      the adapter trains (None without one) and how the base is quantized here;
+      it raises what there is to refuse.
 
   Raises:
     BaseModelError: The base cannot be opened.
@@ -118,6 +125,7 @@ def load_tuned(
   compute = compute_dtype(dtype)
   if adapter_folder is None:
     quant = _default_quant(quant, base)
+    check(base, None, quant)
     parts = _Parts(load_frozen(base, quant, compute), {}, None, {})
     return _tuned(base, parts, quant, compute, {})
   adapter = load_adapter(pathlib.Path(adapter_folder), base.config)
@@ -134,6 +142,8 @@ def load_tuned(
     quant = _default_quant(quant, base)
   quant = quant and families.resolve(quant, base.config)
   quant = _trained_quant(adapter, quant, again=again)
+  spec = trained_spec(adapter.metadata) if again else adapter.spec
+  check(base, spec, quant)
   load = _start_again if again else _put_beside
   parts = load(adapter, base, quant, compute)
   return _tuned(base, parts, quant, compute, adapter.metadata)
