@@ -126,6 +126,13 @@ ROWS = {
   },
 }
 
+# PEFT looks for the keys of patterns among modules only, where it warns; it
+# uses those of parameters all the same, as logits show.
+PATTERNS_OF_PARAMETERS = (
+  'ignore:The following .*_pattern keys did not .*'
+  r"\[('[^']*(gate_up_proj|experts.down_proj|gate.weight)'(, )?)+\]"
+)
+
 
 def make_config(name):
   """Returns the small decoder of a row."""

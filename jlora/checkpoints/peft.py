@@ -1,8 +1,8 @@
 """Adapters as PEFT writes and reads them."""
 
-import collections
 import dataclasses
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,9 +14,14 @@ from jlora.checkpoints import adapters, mlx, peft_config
 from jlora.checkpoints.adapters import Adapter
 from jlora.checkpoints.peft_experts import (
   fuse_shapes,
-  make_fused,
+  fuse_tensors,
+  names_in_file,
+  plan_fused,
+  shared_pairs,
+  split_selection,
   split_tensors,
 )
+from jlora.checkpoints.peft_fused import Fused
 from jlora.checkpoints.peft_initial import (
   add_initial,
   only_pairs,
@@ -25,8 +30,8 @@ from jlora.checkpoints.peft_initial import (
 )
 from jlora.checkpoints.peft_layout import Layout, Node, Shapes
 from jlora.checkpoints.peft_leaves import base_layouts, make_layouts
-from jlora.checkpoints.peft_modules import make_modules
-from jlora.checkpoints.peft_selection import select, spec_of
+from jlora.checkpoints.peft_modules import Modules, make_modules
+from jlora.checkpoints.peft_selection import Selection, select, spec_of
 from jlora.checkpoints.peft_tensors import load_tensors
 from jlora.checkpoints.starts import (
   Starts,
@@ -36,7 +41,7 @@ from jlora.checkpoints.starts import (
 )
 from jlora.core import tree
 from jlora.core.lora import LoraSpec
-from jlora.errors import AdapterError
+from jlora.errors import AdapterError, ConfigError
 from jlora.models.config import DecoderConfig
 
 
@@ -56,7 +61,10 @@ def save_adapter(
   Low-rank pairs become LoRA tensors without their padding, leaves that are
   trained whole `modules_to_save`, and trained rows `trainable_token_indices`.
   An init that changed the base becomes plain LoRA of twice the rank on the
-  base as it was. The same input gives the same bytes.
+  base as it was. Pairs of experts and routers are fused as PEFT fuses them,
+  which needs transformers 5 there; it knows no dropout of such pairs, so that
+  adapter_config.json says 0 for all, and `jlora_metadata.json` what was
+  trained with. The same input gives the same bytes.
 
   Args:
     folder: Created, or replaced as a whole if it holds an adapter.
@@ -98,10 +106,13 @@ def save_adapter(
     nodes = add_initial(layouts, nodes, _initial_nodes(initial, nodes, layouts))
     layouts = twice_the_rank(layouts)
     selection = selection.doubled()
-  fields = peft_config.make_fields(selection, base, base_name)
-  tensors: dict[str, np.ndarray] = {}
-  for path, layout in layouts.items():
-    tensors |= layout.write(nodes[path])
+  fused = plan_fused(selection, base)
+  fields = peft_config.make_fields(selection, base, base_name, fused)
+  written = (layout.write(nodes[path]) for path, layout in layouts.items())
+  tensors = {key: tensor for part in written for key, tensor in part.items()}
+  tensors = fuse_tensors(tensors, fused)
+  names = names_in_file(tensors, base)
+  tensors = {names.get(key, key): x for key, x in tensors.items()}
   files = {
     adapters.CONFIG_FILE: adapters.to_json(fields),
     adapters.TENSORS_FILE: safetensors.numpy.save(tensors, {'format': 'pt'}),
@@ -159,15 +170,19 @@ def load_adapter(
   folder = adapters.find_files(folder)
   metadata = adapters.load_metadata(folder)
   base = make_modules(config)
-  selection = peft_config.load_selection(folder / adapters.CONFIG_FILE, base)
+  fields = folder / adapters.CONFIG_FILE
+  selection = peft_config.load_selection(fields, base)
+  fused = shared_pairs(peft_config.load_parameters(fields, base), base)
   layouts = make_layouts(selection, config, base)
   copies = base_layouts(layouts, base)
-  path, start = folder / adapters.TENSORS_FILE, folder / adapters.START_FILE
-  parameters = peft_config.load_parameters(folder / adapters.CONFIG_FILE, base)
-  fused = make_fused(parameters, base)
-  shapes = fuse_shapes(_shapes(layouts), fused)
-  tensors = split_tensors(load_tensors(path, shapes, _shapes(copies)), fused)
+  tensors = _load_tensors(folder, layouts, copies, fused, base)
+  if fused:
+    trained = _trained(metadata, config)
+    selection, fused = split_selection(selection, fused, tensors, trained, base)
+    layouts = make_layouts(selection, config, base)
+    tensors = split_tensors(tensors, fused)
   nodes = {path: layout.read(tensors) for path, layout in layouts.items()}
+  start = folder / adapters.START_FILE
   return Adapter(
     trainable=tree.nest(nodes),
     spec=spec_of(selection, config),
@@ -181,9 +196,39 @@ def load_adapter(
   )
 
 
+def _load_tensors(
+  folder: pathlib.Path,
+  layouts: Mapping[str, Layout],
+  copies: Mapping[str, Layout],
+  fused: Mapping[str, Fused],
+  base: Modules,
+) -> dict[str, np.ndarray]:
+  """Returns the tensors of a file, checked; fused ones as they are."""
+  shapes = fuse_shapes(_shapes(layouts), fused)
+  names = {name: key for key, name in names_in_file(shapes, base).items()}
+  path = folder / adapters.TENSORS_FILE
+  return load_tensors(path, shapes, _shapes(copies), names)
+
+
+def _trained(
+  metadata: Mapping[str, Any], config: DecoderConfig
+) -> Selection | None:
+  """Returns what the files of an adapter were made of, if they say it."""
+  if 'lora' not in metadata:
+    return None
+  try:
+    spec = adapters.trained_spec(metadata)
+    selection = select(spec, config)
+  except (AdapterError, ConfigError):
+    return None
+  return selection.doubled() if spec.changes_base else selection
+
+
 def _shapes(layouts: Mapping[str, Layout]) -> Shapes:
-  shapes = [layout.tensor_shapes() for layout in layouts.values()]
-  return dict(collections.ChainMap(*shapes))
+  found: dict[str, tuple[int, ...]] = {}
+  for layout in layouts.values():
+    found |= layout.tensor_shapes()
+  return found
 
 
 def split_initial(

@@ -1,18 +1,25 @@
 """PEFT's adapter_config.json: what is written, understood and refused."""
 
+import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
 from typing import Any
 
 from jlora.checkpoints import adapters
-from jlora.checkpoints.peft_experts import target_parameters
-from jlora.checkpoints.peft_modules import Modules, shorten
+from jlora.checkpoints.peft_fused import Fused
+from jlora.checkpoints.peft_modules import (
+  Modules,
+  shorten,
+  shorten_parameters,
+)
 from jlora.checkpoints.peft_names import (
   saved_modules,
   target_modules,
+  target_parameters,
   trained_rows,
 )
+from jlora.checkpoints.peft_scales import Strength
 from jlora.checkpoints.peft_selection import Selection, check_selection
 from jlora.errors import AdapterError
 
@@ -78,36 +85,69 @@ _INITS_THAT_KEEP_THE_BASE = (True, False, 'gaussian', 'eva', 'orthogonal')
 
 
 def make_fields(
-  selection: Selection, base: Modules, base_name: str
+  selection: Selection,
+  base: Modules,
+  base_name: str,
+  fused: Mapping[str, Fused],
 ) -> dict[str, Any]:
   """Returns every field of PEFT's LoraConfig.
+
+  Where pairs are fused `lora_dropout` is 0: PEFT opens no others.
 
   Args:
     selection: What the adapter holds.
     base: Modules of the base.
     base_name: Name of the base, as its user would load it.
+    fused: Pairs of parameters, which hold those of modules.
   """
-  rank, alpha = selection.usual
-  pairs = sorted(selection.pairs.items())
+  modules = selection.pairs.keys() - base.owners.keys()
+  pairs = {m: selection.pairs[m] for m in sorted(modules)}
+  pairs |= {p: (f.rank, f.alpha) for p, f in sorted(fused.items())}
+  rank, alpha = dataclasses.replace(selection, pairs=pairs).usual
+  names = {f'^{m}': (m,) for m in modules} | shorten_parameters(fused, base)
   tied = base.shared & {*selection.pairs, *selection.saved}
   return {
     **_ARITHMETIC,
     **_SELECTION,
     **_NOTES,
-    'alpha_pattern': {f'^{m}': _short(a) for m, (_, a) in pairs if a != alpha},
+    'alpha_pattern': _patterns(
+      names, {name: _short(a) for name, (_, a) in pairs.items()}, alpha
+    ),
     'base_model_name_or_path': base_name,
     'ensure_weight_tying': bool(tied),
     'fan_in_fan_out': base.plain,
     'lora_alpha': _short(alpha),
-    'lora_dropout': selection.dropout,
+    'lora_dropout': 0.0 if fused else selection.dropout,
     'modules_to_save': shorten(selection.saved, base) or None,
     'r': rank,
-    'rank_pattern': {f'^{m}': r for m, (r, _) in pairs if r != rank},
-    'target_modules': shorten(frozenset(selection.pairs), base),
+    'rank_pattern': _patterns(
+      names, {name: r for name, (r, _) in pairs.items()}, rank
+    ),
+    'target_modules': shorten(frozenset(modules), base),
+    'target_parameters': sorted(shorten_parameters(fused, base)) or None,
     'trainable_token_indices': _row_fields(selection.rows, base),
     'use_dora': selection.variant == 'dora',
     'use_rslora': selection.scaling == 'rslora',
   }
+
+
+def _patterns(
+  names: Mapping[str, tuple[str, ...]], values: Mapping[str, Any], usual: Any
+) -> dict[str, Any]:
+  """Returns pattern and value wherever the value is not the usual one.
+
+  Args:
+    names: What each name means, as a pattern.
+    values: By module or parameter.
+    usual: What holds where no pattern matches.
+  """
+  found = {}
+  for name, meant in names.items():
+    if len({values[x] for x in meant}) == 1:
+      found[name] = values[meant[0]]
+    else:
+      found |= {f'^{x}': values[x] for x in meant}
+  return {name: value for name, value in found.items() if value != usual}
 
 
 def _short(alpha: float) -> float:
@@ -155,18 +195,18 @@ def load_selection(path: pathlib.Path, base: Modules) -> Selection:
   return selection
 
 
-def load_parameters(path: pathlib.Path, base: Modules) -> tuple[str, ...]:
-  """Returns the parameters with fused pairs that an adapter_config.json names.
+def load_parameters(path: pathlib.Path, base: Modules) -> dict[str, Strength]:
+  """Returns the parameters with fused pairs, their rank and their alpha.
 
   Args:
     path: The file; `load_selection` has read it.
     base: Modules of the base.
   """
   fields = {**_SELECTION, **adapters.load_json(path)}
-  return target_parameters(fields, base)
+  return {p: _strength(fields, p) for p in target_parameters(fields, base)}
 
 
-Pairs = dict[str, tuple[int, float]]
+Pairs = dict[str, Strength]
 
 
 def _module_pairs(fields: dict[str, Any], base: Modules) -> Pairs:
@@ -213,7 +253,7 @@ def _check_kind(fields: dict[str, Any]) -> None:
     )
 
 
-def _strength(fields: dict[str, Any], module: str) -> tuple[int, float]:
+def _strength(fields: dict[str, Any], module: str) -> Strength:
   """Returns the rank and the alpha of one module."""
   return (
     _for_module('rank_pattern', 'r', fields, module),

@@ -1,130 +1,192 @@
-"""Low-rank pairs of all experts of a layer, as PEFT fuses them.
+"""Low-rank pairs of the experts of a layer, as PEFT fuses them.
 
 transformers 5 keeps the experts of a layer in two parameters, `gate_up_proj`
 and `down_proj`, and PEFT has one pair for each (`target_parameters`):
 `lora_A` [experts * rank, in] and `lora_B` [out, rank * experts], the experts
-running slowest in the first and fastest in the second. Here every expert has a
-pair of its own, for its gate and for its up projection.
+running slowest in the first and fastest in the second. Their router is a
+parameter too, with a pair of one.
+
+Here every expert has a pair of its own, for its gate and for its up projection.
+In a fused pair they are blocks: its rank is that of the gate and that of the up
+projection together, and `lora_B` is zero where a kernel meets the rank of the
+other. What is missing or of a smaller rank is filled with zeros. A fused pair
+has one alpha; a block of another scale has the quotient in its `lora_B`.
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
-import numpy as np
-
+from jlora.checkpoints.peft_fused import (
+  ENDS,
+  Block,
+  Fused,
+  Shapes,
+  Tensors,
+  key_of,
+  whole,
+)
 from jlora.checkpoints.peft_modules import Modules
-from jlora.errors import AdapterError
-
-Tensors = Mapping[str, np.ndarray]
-Shapes = Mapping[str, tuple[int, ...]]
-_A, _B = 'lora_A.weight', 'lora_B.weight'
+from jlora.checkpoints.peft_scales import Strength, alpha_at
+from jlora.checkpoints.peft_selection import Selection, most_frequent
 
 
-def target_parameters(
-  fields: Mapping[str, Any], base: Modules
-) -> tuple[str, ...]:
-  """Returns the parameters with a fused pair, by the rules of PEFT.
+def shared_pairs(
+  strengths: Mapping[str, Strength], base: Modules
+) -> dict[str, Fused]:
+  """Returns fused pairs by parameter, each of one `lora_A` for all its parts.
 
   Args:
-    fields: Of adapter_config.json.
+    strengths: Rank and alpha by parameter.
     base: Modules of the base.
-
-  Raises:
-    AdapterError: A name is no parameter of the base.
   """
-  names = fields['target_parameters'] or []
-  found: dict[str, None] = {}
-  for name in names:
-    hits = [p for p in base.parameters if f'.{p}'.endswith(f'.{name}')]
-    if not hits:
-      known = sorted({p.rpartition('.')[2] for p in base.parameters})
-      raise AdapterError(
-        f'target_parameters has {name!r}, which is no fused parameter of this'
-        f' base; it has {known}'
-      )
-    found |= dict.fromkeys(hits)
-  return tuple(found)
+  found = {}
+  for parameter, key in _keys_of(strengths, base).items():
+    (rank, alpha), parts = strengths[parameter], base.parameters[parameter]
+    blocks = whole(parts, (slice(0, rank),) * len(parts))
+    found[parameter] = Fused(key, rank, alpha, parts, blocks)
+  return found
 
 
-@dataclasses.dataclass(frozen=True)
-class Fused:
-  """One fused pair of a file.
+def plan_fused(selection: Selection, base: Modules) -> dict[str, Fused]:
+  """Returns the fused pairs that hold those of a selection, by parameter.
 
-  Attributes:
-    key: What its tensors' names start with.
-    parts: Modules of all experts, for each of the kernels that lie one behind
-      the other along the output axis.
+  Args:
+    selection: What is trained.
+    base: Modules of the base.
   """
-
-  key: str
-  parts: tuple[tuple[str, ...], ...]
-
-  def fuse(self, shapes: Shapes) -> Shapes:
-    """Returns shapes by key, of which those of single modules are given."""
-    a, b = (shapes[_key(self.parts[0][0], end)] for end in (_A, _B))
-    count, parts = len(self.parts[0]), len(self.parts)
-    return {
-      f'{self.key}.{_A}': (count * a[0], a[1]),
-      f'{self.key}.{_B}': (parts * b[0], b[1] * count),
-    }
-
-  def split(self, tensors: Tensors) -> Tensors:
-    """Returns the tensors of single modules."""
-    a, b = (tensors[f'{self.key}.{end}'] for end in (_A, _B))
-    count = len(self.parts[0])
-    a = a.reshape(count, -1, a.shape[1])
-    b = b.reshape(len(self.parts), -1, a.shape[1], count)
-    return {
-      _key(module, end): tensor
-      for part, modules in enumerate(self.parts)
-      for expert, module in enumerate(modules)
-      for end, tensor in ((_A, a[expert]), (_B, b[part, :, :, expert]))
-    }
+  chosen = {
+    p: parts
+    for p, parts in base.parameters.items()
+    if any(m in selection.pairs for part in parts for m in part)
+  }
+  keys = _keys_of(chosen, base)
+  return {p: _plan(keys[p], parts, selection) for p, parts in chosen.items()}
 
 
-def make_fused(parameters: tuple[str, ...], base: Modules) -> list[Fused]:
-  """Returns where the pairs of parameters lie in a file.
+def _plan(
+  key: str, parts: tuple[tuple[str, ...], ...], selection: Selection
+) -> Fused:
+  pairs = {m: selection.pairs.get(m, (0, 0.0)) for part in parts for m in part}
+  widths = [max(pairs[m][0] for m in part) for part in parts]
+  alphas = {
+    m: alpha_at(pair, sum(widths), selection.scaling)
+    for m, pair in pairs.items()
+    if pair[0]
+  }
+  usual = most_frequent(alphas.values())
+  blocks = {}
+  for i, part in enumerate(parts):
+    start = sum(widths[:i])
+    for expert, module in enumerate(part):
+      if module in alphas:
+        ranks = slice(start, start + pairs[module][0])
+        blocks[module] = Block(i, expert, ranks, alphas[module] / usual)
+  return Fused(key, sum(widths), usual, parts, blocks)
+
+
+def _keys_of(parameters: Mapping[str, Any], base: Modules) -> dict[str, str]:
+  """Returns what the names of tensors start with, by parameter.
 
   Of two parameters of one module, PEFT wraps the first one first.
-
-  Args:
-    parameters: From `target_parameters`.
-    base: Modules of the base.
   """
   chosen = [p for p in base.parameters if p in parameters]
   owners = [p.rpartition('.')[0] for p in chosen]
-  fused = []
+  keys = {}
   for i, (parameter, owner) in enumerate(zip(chosen, owners, strict=True)):
     inner = '.base_layer' * owners[i + 1 :].count(owner)
-    key = f'base_model.model.{owner}{inner}'
-    fused.append(Fused(key, base.parameters[parameter]))
-  return fused
+    keys[parameter] = f'base_model.model.{owner}{inner}'
+  return keys
 
 
-def fuse_shapes(shapes: Shapes, fused: list[Fused]) -> Shapes:
+def fuse_shapes(shapes: Shapes, fused: Mapping[str, Fused]) -> Shapes:
   """Returns what a file holds where pairs are fused."""
-  alone = dict(shapes)
-  for key in _keys(fused):
-    del alone[key]
-  return {**alone, **{k: s for f in fused for k, s in f.fuse(shapes).items()}}
+  found = _alone(shapes, fused)
+  for pair in fused.values():
+    found |= pair.shapes(shapes)
+  return found
 
 
-def split_tensors(tensors: Tensors, fused: list[Fused]) -> Tensors:
+def fuse_tensors(tensors: Tensors, fused: Mapping[str, Fused]) -> Tensors:
+  """Returns the tensors of a file, of which those of modules are given."""
+  found = _alone(tensors, fused)
+  for pair in fused.values():
+    found |= pair.fuse(tensors)
+  return found
+
+
+def split_tensors(tensors: Tensors, fused: Mapping[str, Fused]) -> Tensors:
   """Returns the tensors of a file, those of single modules for fused ones."""
-  return {
-    **tensors,
-    **{k: t for f in fused for k, t in f.split(tensors).items()},
-  }
+  found = dict(tensors)
+  for pair in fused.values():
+    found |= pair.split(tensors)
+  return found
 
 
-def _keys(fused: list[Fused]) -> Iterator[str]:
-  for pair in fused:
-    for modules in pair.parts:
-      for module in modules:
-        yield _key(module, _A)
-        yield _key(module, _B)
+def split_selection(
+  selection: Selection,
+  fused: Mapping[str, Fused],
+  tensors: Tensors,
+  trained: Selection | None,
+  base: Modules,
+) -> tuple[Selection, Mapping[str, Fused]]:
+  """Returns what an adapter trains, and how fused pairs hold it.
+
+  Args:
+    selection: What adapter_config.json says.
+    fused: From `shared_pairs`.
+    tensors: Of the file.
+    trained: What the adapter was made of, if that is known; it decides if the
+      file holds just that. Else it is the values that do, see `in_blocks`.
+    base: Modules of the base.
+  """
+  if trained and _holds(plan := plan_fused(trained, base), fused, tensors):
+    pairs = {m: trained.pairs[m] for f in plan.values() for m in f.blocks}
+    dropout = trained.dropout
+  else:
+    plan = {p: pair.in_blocks(tensors) for p, pair in fused.items()}
+    strengths = (f.strengths(selection.scaling) for f in plan.values())
+    pairs = {m: pair for found in strengths for m, pair in found.items()}
+    dropout = selection.dropout
+  inside = {m for f in fused.values() for m in f.modules}
+  alone = {m: x for m, x in selection.pairs.items() if m not in inside}
+  split = dataclasses.replace(
+    selection, pairs={**alone, **pairs}, dropout=dropout
+  )
+  return split, plan
 
 
-def _key(module: str, end: str) -> str:
-  return f'base_model.model.{module}.{end}'
+def _holds(
+  plan: Mapping[str, Fused], fused: Mapping[str, Fused], tensors: Tensors
+) -> bool:
+  """Whether fused pairs are those of a plan."""
+  both = (
+    {p: (f.key, f.rank, f.alpha) for p, f in pairs.items()}
+    for pairs in (plan, fused)
+  )
+  return next(both) == next(both) and all(
+    f.holds(tensors) for f in plan.values()
+  )
+
+
+def _alone(x: Mapping[str, Any], fused: Mapping[str, Fused]) -> dict[str, Any]:
+  """Returns what is not part of a fused pair."""
+  modules = (m for f in fused.values() for m in f.modules)
+  inside = {key_of(module, end) for module in modules for end in ENDS}
+  return {key: value for key, value in x.items() if key not in inside}
+
+
+def names_in_file(keys: Iterable[str], base: Modules) -> dict[str, str]:
+  """Returns the keys that transformers names otherwise, with the name there.
+
+  Args:
+    keys: Of tensors of single modules.
+    base: Modules of the base.
+  """
+  routers = {m: o for m, o in base.owners.items() if m not in base.experts}
+  found = {}
+  for key in keys:
+    module, _, end = key.removeprefix('base_model.model.').rpartition('.')
+    if routers.get(module, module) != module:
+      found[key] = key_of(routers[module], end)
+  return found

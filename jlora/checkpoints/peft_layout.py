@@ -5,7 +5,6 @@ A stacked leaf is one module a layer, or an expert, there, and matrices lie as
 """
 
 import abc
-import collections
 import dataclasses
 from collections.abc import Mapping, Sequence
 
@@ -108,8 +107,10 @@ class Layout(abc.ABC):
 
   def tensor_shapes(self) -> Shapes:
     """Returns the shapes of all tensors in the file, by key."""
-    shapes = [share.tensor_shapes() for share in self.shares]
-    return dict(collections.ChainMap(*shapes))
+    found: dict[str, tuple[int, ...]] = {}
+    for share in self.shares:
+      found |= share.tensor_shapes()
+    return found
 
   def write(self, node: Node) -> Tensors:
     """Returns the tensors of a node by key."""

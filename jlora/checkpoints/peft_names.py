@@ -21,7 +21,11 @@ def saved_modules(fields: Mapping[str, Any], base: Modules) -> frozenset[str]:
   """
   found: set[str] = set()
   for name in _names('modules_to_save', fields['modules_to_save'] or []):
-    hits = {m for m in base.every if _ends_in(m, name)}
+    hits = {
+      m
+      for m in base.every
+      if _ends_in(m, name) or _ends_in(base.owners.get(m, m), name)
+    }
     found |= _some(hits, 'modules_to_save', name)
   for stack in base.stacks:
     if found.intersection(stack) and not found.issuperset(stack):
@@ -154,6 +158,32 @@ def _layer_filter(
     return hit is not None and int(hit['i']) in layers
 
   return keeps
+
+
+def target_parameters(
+  fields: Mapping[str, Any], base: Modules
+) -> tuple[str, ...]:
+  """Returns the parameters with a fused pair, by the rules of PEFT.
+
+  Args:
+    fields: Of adapter_config.json.
+    base: Modules of the base.
+
+  Raises:
+    AdapterError: A name is no parameter of the base.
+  """
+  names = fields['target_parameters'] or []
+  found: dict[str, None] = {}
+  for name in names:
+    hits = [p for p in base.parameters if f'.{p}'.endswith(f'.{name}')]
+    if not hits:
+      known = sorted({p.rpartition('.')[2] for p in base.parameters})
+      raise AdapterError(
+        f'target_parameters has {name!r}, which is no fused parameter of this'
+        f' base; it has {known}'
+      )
+    found |= dict.fromkeys(hits)
+  return tuple(found)
 
 
 def trained_rows(

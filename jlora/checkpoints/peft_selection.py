@@ -43,7 +43,7 @@ class Selection:
   def usual(self) -> tuple[int, float]:
     """The most frequent rank and the most frequent alpha."""
     ranks, alphas = zip(*map(self.pairs.get, sorted(self.pairs)), strict=True)
-    return _most_frequent(ranks), _most_frequent(alphas)
+    return most_frequent(ranks), most_frequent(alphas)
 
   def pairs_of(self, weight: Weight) -> list[tuple[int, float] | None]:
     """Returns rank and alpha of each module of a leaf, where it has a pair.
@@ -63,7 +63,7 @@ class Selection:
     return dataclasses.replace(self, pairs=pairs)
 
 
-def _most_frequent(values: Iterable[Any]) -> Any:
+def most_frequent(values: Iterable[Any]) -> Any:
   """Returns the first of the values that none occurs more often than."""
   return collections.Counter(values).most_common(1)[0][0]
 
@@ -167,13 +167,13 @@ def check_selection(selection: Selection, base: Modules) -> None:
   if whole := selection.saved & base.experts:
     raise AdapterError(
       f'{min(whole)!r} is trained in full, and PEFT has no file for single'
-      ' experts; export the whole model with --to=merged'
+      ' experts; adapt them with targets, or train no adapters at all'
     )
-  paired = selection.pairs.keys() & base.experts
+  paired = selection.pairs.keys() & base.owners.keys()
   if paired and selection.variant == 'dora':
     raise AdapterError(
-      f'{min(paired)!r} has DoRA of experts, which PEFT does not compute;'
-      ' exclude the experts, or export the whole model with --to=merged'
+      f'{min(paired)!r} has DoRA of experts or of their router, which PEFT does'
+      ' not compute; exclude them, or take the variant lora'
     )
   kinds = (selection.pairs.keys(), selection.saved, selection.rows.keys())
   counts = collections.Counter(module for kind in kinds for module in kind)

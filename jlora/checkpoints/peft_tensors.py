@@ -26,7 +26,10 @@ _VARIANTS = {
 
 
 def load_tensors(
-  path: pathlib.Path, shapes: Shapes, optional: Shapes
+  path: pathlib.Path,
+  shapes: Shapes,
+  optional: Shapes,
+  names: Mapping[str, str] | None = None,
 ) -> dict[str, np.ndarray]:
   """Reads a file that must hold the tensors named, and no others.
 
@@ -36,6 +39,7 @@ def load_tensors(
     path: The safetensors file.
     shapes: The shape of every key.
     optional: Shapes of keys that may be there too.
+    names: Keys that stand for others, which they may have in their place.
 
   Returns:
     float32 arrays by key; 16-bit floats are widened.
@@ -46,10 +50,13 @@ def load_tensors(
   """
   try:
     with safetensors.safe_open(path, 'numpy') as file:
-      found = _check_keys(path, shapes, optional)
+      stored = _stored_keys(path, names or {})
+      found = _check_keys(path, stored, shapes, optional)
       for key, shape in found.items():
-        _check_slice(path, key, file.get_slice(key), shape)
-      tensors = {k: file.get_tensor(k).astype(np.float32) for k in found}
+        _check_slice(path, key, file.get_slice(stored[key]), shape)
+      tensors = {
+        key: file.get_tensor(stored[key]).astype(np.float32) for key in found
+      }
   except (safetensors.SafetensorError, OSError) as error:
     raise AdapterError(
       f'{path} is no whole safetensors file: {error}'
@@ -77,14 +84,26 @@ def check_finite(name: str, tensor: np.ndarray) -> None:
     )
 
 
+def _stored_keys(
+  path: pathlib.Path, names: Mapping[str, str]
+) -> dict[str, str]:
+  """Returns the keys of the file by those that they stand for."""
+  stored: dict[str, str] = {}
+  for key in _header_keys(path):
+    meant = names.get(key, key)
+    if meant in stored:
+      raise AdapterError(f'{path} holds the key {key!r} more than once')
+    stored[meant] = key
+  return stored
+
+
 def _check_keys(
-  path: pathlib.Path, shapes: Shapes, optional: Shapes
+  path: pathlib.Path,
+  found: Mapping[str, str],
+  shapes: Shapes,
+  optional: Shapes,
 ) -> dict[str, tuple[int, ...]]:
   """Returns the shape that every key of the file must have."""
-  found = _header_keys(path)
-  for key in found:
-    if found.count(key) > 1:
-      raise AdapterError(f'{path} holds the key {key!r} more than once')
   extra = sorted(set(found) - shapes.keys() - optional.keys())
   if extra:
     raise AdapterError(

@@ -44,6 +44,14 @@ _MIXTRAL_NAMES = {
   'layers/mlp/experts/up_proj': _MIXTRAL + '.experts.{}.w3',
   'layers/mlp/experts/down_proj': _MIXTRAL + '.experts.{}.w2',
 }
+_EXPERTS = {
+  'model.layers.{}.mlp.gate.weight': ('layers/mlp/router',),
+  'model.layers.{}.mlp.experts.gate_up_proj': (
+    'layers/mlp/experts/gate_proj',
+    'layers/mlp/experts/up_proj',
+  ),
+  'model.layers.{}.mlp.experts.down_proj': ('layers/mlp/experts/down_proj',),
+}
 _QWEN = {
   'max_position_embeddings': 32768,
   'max_window_layers': 28,
@@ -133,6 +141,7 @@ FAMILIES = {
     },
     needs=_SILU,
     window='all',
+    parameters=_EXPERTS,
   ),
   'qwen3_moe': Family(
     architecture='Qwen3MoeForCausalLM',
@@ -161,6 +170,7 @@ FAMILIES = {
       'use_sliding_window': (False, None),
     },
     bias_fields={'attention_bias': (*_QKV, 'o_proj')},
+    parameters=_EXPERTS,
   ),
 }
 

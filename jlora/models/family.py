@@ -38,6 +38,9 @@ class Family:
       where config.json does not say it; None where it is that of the others.
     skips_rope: Whether there are layers without rotary embeddings. They are
       those that see a window, where config.json has no `layer_types`.
+    parameters: Parameters that transformers keeps for all experts of a layer,
+      or for their router, by name with {} for the layer: the modules here
+      whose kernels lie one behind the other in them.
     buffers: Ends of the names of stored tensors that are computed, not learned.
     prefix: Of names of modules, which the files of some programs leave out.
   """
@@ -60,5 +63,8 @@ class Family:
   period: int = 1
   local_theta: float | None = None
   skips_rope: bool = False
+  parameters: Mapping[str, tuple[str, ...]] = dataclasses.field(
+    default_factory=_no_fields
+  )
   buffers: tuple[str, ...] = ('.self_attn.rotary_emb.inv_freq',)
   prefix: str = 'model.'

@@ -3,6 +3,7 @@
 import dataclasses
 
 from jlora.checkpoints.bases import Base
+from jlora.checkpoints.peft_selection import select
 from jlora.checkpoints.stored_codes import StoredCodes, agree
 from jlora.core.lora import LoraSpec
 from jlora.core.plan import make_plan
@@ -26,6 +27,7 @@ def resolve(spec: RunSpec, config: DecoderConfig) -> RunSpec:
   Raises:
     ConfigError: The rows are longer than the base was trained for, or the
       specs name something that this base does not have.
+    AdapterError: There is no file for what would be trained.
   """
   limit = config.max_positions
   if spec.data.max_length > limit:
@@ -43,6 +45,8 @@ def resolve(spec: RunSpec, config: DecoderConfig) -> RunSpec:
       ' to quantize; set quant to None, as experiments/full.py does'
     )
   make_split(leaves_by_path(nest(shapes)), lora, quant)  # or refuses
+  if spec.is_adapter:
+    select(lora, config)  # or refuses what could not be written at the end
   return dataclasses.replace(spec, lora=lora, quant=quant)
 
 

@@ -117,8 +117,11 @@ def test_experts_in_codes_have_no_form_in_bitsandbytes(family):
     choose_packed(config, codes)
 
 
-def test_experts_with_codes_of_their_own_stay_as_they_are(tiny_base, tmp_path):
-  config = wide('mixtral')
+@pytest.mark.parametrize('family', MOE)
+def test_experts_with_codes_of_their_own_stay_as_they_are(
+  family, tiny_base, tmp_path
+):
+  config = wide(family)
   tokenizer = open_base(str(tiny_base)).tokenizer
   save_folder(tmp_path / 'a', config, make_params(config), tokenizer)
 

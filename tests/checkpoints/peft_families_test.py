@@ -1,7 +1,6 @@
 """PEFT adapters of every family, both ways."""
 
 import itertools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import jlora
 from jlora.checkpoints.peft import load_adapter
 from jlora.errors import AdapterError
 from tests.decoders import (
+  PATTERNS_OF_PARAMETERS,
   ROWS,
   assert_near,
   compiled,
@@ -25,8 +25,7 @@ TOKENS = np.arange(24).reshape(2, 12) * 5 % 96
 pytestmark = [
   pytest.mark.filterwarnings('ignore:.*is deprecated:FutureWarning'),
   pytest.mark.filterwarnings('ignore:fan_in_fan_out is set to True'),
-  # PEFT fuses the pairs of experts, then misses the modules of its own pattern.
-  pytest.mark.filterwarnings('ignore:The following .*_pattern keys did not'),
+  pytest.mark.filterwarnings(PATTERNS_OF_PARAMETERS),
 ]
 
 torch = pytest.importorskip('torch')
@@ -117,46 +116,6 @@ def test_peft_computes_other_methods(name, method, make_adapted, tmp_path):
   )
   assert_near(torch_logits(model), expected)
   adapted.expect_same_bytes_again(tmp_path / 'adapter')
-
-
-@pytest.mark.parametrize('name', ['gate_up_proj', 'experts.down_proj'])
-def test_fused_pairs_of_experts_are_read(name, tmp_path):
-  config = make_config('mixtral')
-  params = make_params(config)
-  fields = {'target_parameters': [name], 'alpha_pattern': {name: 12}}
-  model = peft.get_peft_model(
-    make_oracle(config, params), peft.LoraConfig(r=4, **fields)
-  )
-  torch.manual_seed(0)
-  for key, value in model.named_parameters():
-    if 'lora_B' in key:
-      value.data += 0.1 * torch.randn_like(value)
-  model.save_pretrained(tmp_path / 'adapter', save_embedding_layers=False)
-  loaded = load_adapter(tmp_path / 'adapter', config)
-  found = merged_logits(config, params, loaded.spec, loaded.trainable)
-  assert_near(found, torch_logits(model))
-
-
-def test_experts_that_are_trained_in_full_have_no_file(make_adapted, tmp_path):
-  adapted = make_adapted(
-    config=make_config('qwen3_moe'),
-    train_full=('.*/experts/up_proj/kernel',),
-    targets=('.*/v_proj/kernel',),
-  )
-  with pytest.raises(AdapterError, match='no file for single experts'):
-    adapted.save(tmp_path / 'adapter')
-
-
-def test_an_unknown_parameter_is_refused(make_adapted, tmp_path):
-  config = make_config('mixtral')
-  adapted = make_adapted(config=config, targets='all-linear')
-  adapted.save(tmp_path / 'adapter')
-  path = tmp_path / 'adapter' / 'adapter_config.json'
-  (tmp_path / 'adapter' / 'jlora_metadata.json').unlink()
-  fields = {**json.loads(path.read_text()), 'target_parameters': ['w1.weight']}
-  path.write_text(json.dumps(fields))
-  with pytest.raises(AdapterError, match=r"'w1.weight'.*gate_up_proj"):
-    load_adapter(tmp_path / 'adapter', config)
 
 
 def test_a_kernel_without_its_bias_is_refused(make_adapted, tmp_path):
