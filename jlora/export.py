@@ -16,6 +16,10 @@ r"""Writes what a run trained in a form that other programs open.
              quantizes the sum, once --anyway says that this is meant.
 --to=peft    an adapter folder that PEFT loads.
 
+Weights are read in float32, whatever device is here. Without --dtype, they are
+written in the base's own dtype of 16 bits, or in bfloat16. What a form cannot
+hold, or would be written over what it is made from, is refused before that.
+
 Instead of --run: --base=B --adapter=DIR.
 """
 

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import jlora
+from jlora.checkpoints.bases import open_base
 from jlora.core.plan import Placeholder, is_frozen_leaf
 from jlora.core.tree import leaves_by_path
 from jlora.errors import ConfigError
@@ -91,6 +92,21 @@ def test_the_distance_is_that_of_all_weights(make_tuned, fields, into):
   assert update > 0
   assert distance.share == pytest.approx(np.sqrt(error / update), rel=1e-4)
   assert f'by {distance.share:.1%} of the adapter' in str(distance)
+
+
+@pytest.mark.parametrize('kind', ['F16', 'BF16', 'Q8_0'])
+def test_a_gguf_file_is_as_far_as_it_is_rounded(make_tuned, tmp_path, kind):
+  tuned = make_tuned(quant=None, targets=UP)
+  _, distance = exports.write_gguf(tuned, tmp_path / 'm.gguf', kind)
+  found = leaves_by_path(open_base(str(tmp_path / 'm.gguf')).load_params())
+  expected = leaves_by_path(tuned.dense('float32'))
+  base = leaves_by_path(tuned.base.load_params())
+  error, update = (
+    sum(np.square(x[p] - np.float64(y)).sum() for p, y in expected.items())
+    for x in (found, base)
+  )
+  assert distance.share == pytest.approx(np.sqrt(error / update), rel=1e-4)
+  assert distance.share > 0
 
 
 def test_a_model_without_an_adapter_says_so():
