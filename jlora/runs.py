@@ -1,5 +1,6 @@
 """Run folders, opened again after training."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -57,20 +58,40 @@ def origin_of(run: os.PathLike[str] | str) -> dict[str, str]:
   return {'base': summary['base_sha256'], 'data': summary['data_digest']}
 
 
-def open_model(
-  run: str | None,
-  base: str | None,
-  adapter: str | None,
-  *,
-  allow_other_base: bool = False,
-) -> Tuned:
-  """Opens what the flags of a front door name.
+@dataclasses.dataclass(frozen=True)
+class Named:
+  """What the flags of a front door name, before anything is opened.
+
+  Attributes:
+    base: A base, or the folder of a whole trained model.
+    adapter: An adapter's folder; None for none.
+    dtype: What it is trained in, as a config says it.
+    run: The run's folder; None without one.
+  """
+
+  base: str
+  adapter: pathlib.Path | None
+  dtype: str = 'auto'
+  run: pathlib.Path | None = None
+
+  @property
+  def sources(self) -> list[pathlib.Path]:
+    """The folders and files on this machine that must stay as they are."""
+    found = [pathlib.Path(self.base).expanduser()]
+    if self.adapter is not None:
+      found.append(self.adapter)
+    if self.run is not None:
+      found += [self.run / name for name in ('adapter', 'model', 'checkpoints')]
+    return [path for path in found if path.exists()]
+
+
+def find_model(run: str | None, base: str | None, adapter: str | None) -> Named:
+  """Returns what the flags of a front door name.
 
   Args:
     run: A run folder, or None.
     base: A base, where there is no run.
     adapter: An adapter on that base, or None.
-    allow_other_base: Whether an adapter of another base is accepted.
 
   Raises:
     ConfigError: The flags name nothing, or too much.
@@ -80,18 +101,40 @@ def open_model(
       f'--run is {run!r} and --base is {base!r}; give exactly one of them'
     )
   if run is None:
-    return load_tuned(base, adapter, allow_other_base=allow_other_base)
+    return Named(base, None if adapter is None else pathlib.Path(adapter))
   if adapter is not None:
     raise ConfigError(
       f'--adapter={adapter} goes with --base; a run has its own adapter'
     )
-  spec = load_spec(run)
+  spec, folder = load_spec(run), pathlib.Path(run)
   result = result_of(run, spec)
   if not spec.is_adapter:
-    return load_tuned(str(result), dtype=spec.train.dtype)
+    return Named(str(result), None, spec.train.dtype, folder)
+  return Named(spec.base, result, spec.train.dtype, folder)
+
+
+def open_model(
+  run: str | None,
+  base: str | None,
+  adapter: str | None,
+  *,
+  allow_other_base: bool = False,
+) -> Tuned:
+  """Opens what the flags of a front door name, to compute with it.
+
+  Args:
+    run: As in `find_model`.
+    base: Likewise.
+    adapter: Likewise.
+    allow_other_base: Whether an adapter of another base is accepted.
+
+  Raises:
+    ConfigError: As in `find_model`.
+  """
+  named = find_model(run, base, adapter)
   return load_tuned(
-    spec.base,
-    result,
-    dtype=spec.train.dtype,
+    named.base,
+    named.adapter,
+    dtype=named.dtype,
     allow_other_base=allow_other_base,
   )

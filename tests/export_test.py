@@ -1,5 +1,6 @@
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -78,6 +79,7 @@ def test_a_gguf_file_computes_what_was_trained(
   ended = commands.run('export', f'--run={finished[0]}', *flags)
   assert (ended.rc, ended.stderr) == (0, '')
   assert 'tensors in F32' in ended.stdout
+  assert 'differ from the trained ones by 0.0% of the adapter' in ended.stdout
   base = open_base(str(path))
   assert base.config == tuned.base.config
   assert base.eos_token_ids == tuned.base.eos_token_ids
@@ -102,7 +104,7 @@ def test_a_merged_folder_gives_the_adapted_models_text(
 
   distance = exports.write_merged(tuned, tmp_path / 'm', exports.Files())
   assert 0 < distance.share < 0.01  # bfloat16 has 8 bits
-  assert distance.kernels == 14
+  assert (distance.tensors, distance.adapted) == (20, 14)
   model = transformers.AutoModelForCausalLM.from_pretrained(
     tmp_path / 'm', dtype=torch.float32
   )
@@ -162,10 +164,10 @@ def test_the_codes_are_those_that_bitsandbytes_would_store(
 ):
   from safetensors.torch import load_file
 
-  from jlora.inference import exports
+  from jlora.inference import exports, packing
   from tests.checkpoints.packing_4bit import is_linear, pack
 
-  exports.write_packed(tuned, tmp_path / 'q', exports.Files(dtype='float32'))
+  packing.write_packed(tuned, tmp_path / 'q', exports.Files(dtype='float32'))
   found = load_file(tmp_path / 'q' / 'model.safetensors')
   dense = load_file(tiny_base / 'model.safetensors')
   off = total = 0
@@ -195,10 +197,11 @@ def test_a_base_in_codes_is_trained_on_and_exported_as_it_is(
   from jlora import runs
   from jlora.core.quantized import is_quantized
   from jlora.core.tree import leaves_by_path
-  from jlora.inference import exports
+  from jlora.inference import exports, packing
+  from jlora.inference.tuned import load_tuned
 
   files = exports.Files(dtype='float32')
-  exports.write_packed(tuned, tmp_path / 'q', files)
+  packing.write_packed(tuned, tmp_path / 'q', files)
   flags = (f'--config.base={tmp_path / "q"}', '--config.train.steps=2')
   ended = commands.train(tmp_path / 'run', *flags)
   assert ended.rc == 0, ended.stderr
@@ -215,7 +218,13 @@ def test_a_base_in_codes_is_trained_on_and_exported_as_it_is(
         for x in (tuned, again)
       )
     )
-  exports.write_packed(again, tmp_path / 'copy', files)
+  packing.write_packed(again, tmp_path / 'copy', files)
+  opened = load_tuned(str(tmp_path / 'copy'), tmp_path / 'copy-adapter')
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (opened.frozen, opened.trainable),
+    (again.frozen, again.trainable),
+  )
   for path in (tmp_path / 'q').iterdir():
     assert (tmp_path / 'copy' / path.name).read_bytes() == path.read_bytes()
 
@@ -227,6 +236,10 @@ def test_quantizing_again_must_be_asked_for_twice(commands, finished, tmp_path):
   assert "of the adapted kernels' codes change" in ended.stderr
   assert 'or write this with --anyway' in ended.stderr
   assert not (tmp_path / 'q').exists()
+  text = export(commands, finished[0], *flags, '--anyway')
+  assert 'weights are written in bfloat16, the default' in text
+  assert '7 leaves are written in the codes they are in' in text
+  assert not (tmp_path / 'q-adapter').exists()
 
 
 @pytest.mark.filterwarnings('ignore:`is_gradient_checkpointing`:FutureWarning')
@@ -246,6 +259,50 @@ def test_peft_opens_the_adapter_on_the_dequantized_base(
   np.testing.assert_allclose(logits_of(model), logits, atol=1e-3)
 
 
+def test_a_run_is_not_replaced_by_its_own_export(commands, finished):
+  run = finished[0]
+  for to, out in (('peft', run / 'adapter'), ('merged', run)):
+    ended = commands.run('export', f'--run={run}', f'--to={to}', f'--out={out}')
+    assert ended.rc == 2
+    assert f'{run / "adapter"}, which it is made from' in ended.stderr
+
+
+def test_what_was_trained_whole_is_exported_in_float32(commands, tmp_path):
+  from jlora.checkpoints.bases import open_base
+
+  flags = ('--config.train.steps=2', '--config.train.dtype=bfloat16')
+  ended = commands.train(tmp_path / 'run', *flags, experiment='full')
+  assert ended.rc == 0, ended.stderr
+  out = (f'--out={tmp_path / "m"}', '--dtype=float32')
+  text = export(commands, tmp_path / 'run', '--to=merged', *out)
+  assert (
+    "no adapter, and the written weights differ from the model's by 0.00%"
+    in text
+  )
+  trained, found = (
+    open_base(str(tmp_path / name)).load_params() for name in ('run/model', 'm')
+  )
+  jax.tree.map(np.testing.assert_array_equal, found, trained)
+  ended = commands.run(
+    'export', f'--run={tmp_path / "run"}', '--to=peft', '--out=x'
+  )
+  assert 'there is no adapter to write; use --to=merged' in ended.stderr
+
+
+def test_a_base_in_float16_is_written_in_float16(commands, tiny_base, tmp_path):
+  from jlora.checkpoints.bases import open_base
+  from jlora.checkpoints.model_folders import save_folder
+
+  base = open_base(str(tiny_base))
+  params = base.load_params()
+  save_folder(tmp_path / 'h', base.config, params, base.tokenizer, 'float16')
+  flags = (f'--base={tmp_path / "h"}', f'--out={tmp_path / "g"}')
+  ended = commands.run('export', *flags, '--to=merged')
+  assert 'weights are written in float16, of the base' in ended.stdout
+  half = json.loads((tmp_path / 'g/config.json').read_text())
+  assert half['dtype'] == 'float16'
+
+
 @pytest.mark.parametrize(
   ('flags', 'part'),
   [
@@ -257,6 +314,8 @@ def test_peft_opens_the_adapter_on_the_dequantized_base(
     (('--to=merged', '--out=x', '--into=base'), "'base'"),
     (('--to=peft', '--out=x', '--into=original'), 'with --to=merged'),
     (('--to=merged', '--out=x', '--requantize'), 'with --to=bnb4'),
+    (('--to=peft', '--out=x', '--dtype=float32'), 'merged, gguf or bnb4'),
+    (('--to=gguf', '--out=x.gguf', '--max_shard_size=5GB'), 'merged or bnb4'),
     (('--to=merged', '--out=x', '--max_shard_size=big'), "'big'"),
     (('--to=merged', '--out=x', '--run=nowhere'), "'nowhere'"),
   ],

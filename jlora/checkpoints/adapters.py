@@ -24,6 +24,7 @@ TENSORS_FILE = 'adapter_model.safetensors'
 METADATA_FILE = 'jlora_metadata.json'
 START_FILE = 'jlora_start.safetensors'
 
+_FILES = {CONFIG_FILE, TENSORS_FILE, METADATA_FILE, START_FILE}
 _LARGEST_JSON = 1 << 20  # bytes; a real one has a few kilobytes
 
 
@@ -126,9 +127,14 @@ def write_files(
     'digests': {name: _sha256(content) for name, content in files.items()},
   }
   content = {**files, METADATA_FILE: to_json(fields)}
-  with folders.replacing(folder) as new:
+  with folders.replacing(folder, known=is_adapter_file) as new:
     for name, data in content.items():
       (new / name).write_bytes(data)
+
+
+def is_adapter_file(name: str) -> bool:
+  """Whether a file is one of those that `write_files` may replace."""
+  return name in _FILES
 
 
 def find_files(folder: str | os.PathLike[str]) -> pathlib.Path:

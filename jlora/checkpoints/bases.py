@@ -106,6 +106,11 @@ class Base:
     return self.model.codes if isinstance(self.model, hf.HfModel) else None
 
   @property
+  def half_dtype(self) -> str | None:
+    """Which dtype of 16 bits its files have: bfloat16, float16 or None."""
+    return self.model.half_dtype
+
+  @property
   def parameters(self) -> int:
     """Number of parameters."""
     leaves = layout.weights(self.config)

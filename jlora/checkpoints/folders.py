@@ -13,7 +13,7 @@ from jlora.errors import CheckpointError, ConfigError
 def replacing(
   folder: str | os.PathLike[str],
   *,
-  known: Callable[[str], bool] = lambda name: False,
+  known: Callable[[str], bool],
 ) -> Iterator[pathlib.Path]:
   """Gives an empty folder that takes the place of `folder` at the end.
 
@@ -22,9 +22,8 @@ def replacing(
   renames is made up for by the next call, or by `restore_folder`.
 
   Args:
-    folder: Created, or replaced if it holds only files of the names that the
-      new one has too, or `known` ones.
-    known: Whether a file of this name may go, although the new folder has none.
+    folder: Created, or replaced if it holds only `known` files.
+    known: Whether a file of this name may be replaced.
 
   Yields:
     The folder to write into.
@@ -37,11 +36,12 @@ def replacing(
   new, old = _beside(folder)
   try:
     restore_folder(folder)
+    check_replaceable(folder, known)
     shutil.rmtree(new, ignore_errors=True)
     shutil.rmtree(old, ignore_errors=True)
     new.mkdir(parents=True)
     yield new
-    _check_replaceable(folder, new, known)
+    check_replaceable(folder, known)  # others may have written meanwhile
     for path in [*new.iterdir(), new]:
       _flush(path)
     if folder.exists():
@@ -103,20 +103,28 @@ def _beside(folder: pathlib.Path) -> tuple[pathlib.Path, pathlib.Path]:
   return folder.with_name(names[0]), folder.with_name(names[1])
 
 
-def _check_replaceable(
-  folder: pathlib.Path, new: pathlib.Path, known: Callable[[str], bool]
+def check_replaceable(
+  folder: pathlib.Path, known: Callable[[str], bool]
 ) -> None:
+  """Requires that a folder is new, or holds nothing but what may be replaced.
+
+  Args:
+    folder: The folder.
+    known: As in `replacing`.
+
+  Raises:
+    ConfigError: It holds other files, or is none.
+  """
   if not folder.exists():
     return
   if not folder.is_dir():
     raise ConfigError(f'{folder} is a file; name a new folder')
-  written = {path.name for path in new.iterdir()}
-  found = {path.name for path in folder.iterdir()} - written
-  others = sorted(name for name in found if not known(name))
-  if others:
+  found = sorted(path.name for path in folder.iterdir())
+  if others := [name for name in found if not known(name)]:
+    more = f' and {len(others) - 1} more' if len(others) > 1 else ''
     raise ConfigError(
-      f'{folder} would be replaced, but holds {others[0]!r}, which the new'
-      ' content has not; name a new folder'
+      f'{folder} would be replaced, but holds {others[0]!r}{more}, which what'
+      ' is written there does not; name a new folder'
     )
 
 

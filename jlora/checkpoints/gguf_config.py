@@ -271,6 +271,5 @@ def _check_expressed(
     if value != getattr(found, field.name):
       raise ConfigError(
         f'the model has {field.name}={value!r}, which GGUF files of the'
-        f' architecture {metadata["general.architecture"]!r} cannot express;'
-        ' write --to=merged instead'
+        f' architecture {metadata["general.architecture"]!r} cannot express'
       )

@@ -5,7 +5,7 @@ import dataclasses
 import math
 import os
 import pathlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
   from transformers import PreTrainedTokenizerBase
 
 Kind = gguf.GGMLQuantizationType
+Count = Callable[[np.ndarray, np.ndarray], None]
 
 # What most weights are rounded to -> the number of such a file.
 _FILE_TYPES = {
@@ -132,14 +133,21 @@ def _kind(shape: tuple[int, ...], kind: str) -> Kind:
 
 
 def save_gguf(
-  path: str | os.PathLike[str], plan: GgufPlan, params: Mapping[str, Any]
+  path: str | os.PathLike[str],
+  plan: GgufPlan,
+  params: Mapping[str, Any],
+  *,
+  count: Count = lambda written, given: None,
 ) -> None:
   """Writes a GGUF file; it appears complete or not at all.
 
   Args:
     path: Created, or replaced if it is a GGUF file.
     plan: From `plan_gguf`.
-    params: The nested dict of dense arrays.
+    params: The nested dict of dense arrays, or of leaves that make a layer
+      each time one is asked for.
+    count: Called with each tensor as a reader will have it, and as it was
+      before it was rounded.
 
   Raises:
     ConfigError: The path is something else, or a value does not fit its
@@ -158,7 +166,7 @@ def save_gguf(
   with replacing_file(path) as new:
     writer = gguf.GGUFWriter(new, plan.metadata['general.architecture'])
     try:
-      _write(writer, plan, leaves)
+      _write(writer, plan, leaves, count)
     finally:
       writer.close()
 
@@ -178,7 +186,10 @@ def check_gguf_path(path: str | os.PathLike[str]) -> pathlib.Path:
 
 
 def _write(
-  writer: gguf.GGUFWriter, plan: GgufPlan, leaves: Mapping[str, Any]
+  writer: gguf.GGUFWriter,
+  plan: GgufPlan,
+  leaves: Mapping[str, Any],
+  count: Count,
 ) -> None:
   places = Layout(plan.config)
   for key, value in plan.metadata.items():
@@ -197,7 +208,9 @@ def _write(
     kind = plan.kinds[places.tensor(weight, layer)]
     _check_range(weight.path, values, kind)
     arranged = np.ascontiguousarray(places.arrange(weight, values))
-    writer.write_tensor_data(gguf.quants.quantize(arranged, kind))
+    data = gguf.quants.quantize(arranged, kind)
+    count(gguf.quants.dequantize(data, kind), arranged)
+    writer.write_tensor_data(data)
   for factors in plan.factors.values():
     writer.write_tensor_data(factors)
 

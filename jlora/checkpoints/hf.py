@@ -88,6 +88,12 @@ class HfModel:
     return ' and '.join(recipes + dense)
 
   @property
+  def half_dtype(self) -> str | None:
+    """Which dtype of 16 bits weights have here; None where none has one."""
+    found = {DTYPES[kind] for kind in self._dtypes}
+    return next((x for x in ('bfloat16', 'float16') if x in found), None)
+
+  @property
   def eos_token_ids(self) -> tuple[int, ...]:
     """Ids that generation_config.json, or else config.json, ends at."""
     for name in ('generation_config.json', 'config.json'):

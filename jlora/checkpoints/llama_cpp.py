@@ -84,6 +84,12 @@ class GgufModel:
     kind = counts.most_common(1)[0][0]
     return kind if kind in ('F32', 'F16', 'BF16') else f'dequantized {kind}'
 
+  @property
+  def half_dtype(self) -> str | None:
+    """The dtype of most weights, where that has 16 bits."""
+    words = {'F16': 'float16', 'BF16': 'bfloat16'}
+    return words.get(self.precision)
+
   def read(
     self, name: str, dtype: np.dtype | type, index: Index | None = None
   ) -> np.ndarray:

@@ -115,25 +115,46 @@ def _load_fields(folder: pathlib.Path) -> dict[str, Any]:
       f' {", ".join(sorted(_STRENGTH))}'
     )
   layers = fields.get('num_layers', fields.get('lora_layers'))
+  dropout = strength.get('dropout')
+  dropout = 0.0 if dropout is None else dropout
   return {
     'type': kind,
-    'keys': strength.get('keys'),
+    'keys': _names(path, strength.get('keys')),
     'rank': _number(path, 'rank', strength.get('rank'), int),
     'scale': float(_number(path, 'scale', strength.get('scale'), float)),
-    'dropout': float(strength.get('dropout') or 0.0),
+    'dropout': float(_number(path, 'dropout', dropout, float, below=1)),
     'layers': _number(path, 'num_layers', layers, int, least=-1),
   }
 
 
 def _number(
-  path: pathlib.Path, field: str, value: Any, kind: type, *, least: float = 0
+  path: pathlib.Path,
+  field: str,
+  value: Any,
+  kind: type,
+  *,
+  least: float = 0,
+  below: float = 1 << 31,
 ) -> Any:
   kinds = (int,) if kind is int else (int, float)
-  if type(value) not in kinds or not least <= value < 1 << 31:
+  if type(value) not in kinds or not least <= value < below:
     raise AdapterError(
-      f'{path}: {field} is {value!r:.60}; it must be a number from {least}'
+      f'{path}: {field} is {value!r:.60}; it must be a number from {least} to'
+      f' below {below}'
     )
   return value
+
+
+def _names(path: pathlib.Path, keys: Any) -> list[str]:
+  """Returns the names of modules in a layer; null stands for those found."""
+  if keys is None:
+    return []
+  if not (isinstance(keys, list) and all(isinstance(x, str) for x in keys)):
+    raise AdapterError(
+      f'{path}: keys is {keys!r:.60}; it must be a list of names of modules,'
+      " such as 'self_attn.q_proj'"
+    )
+  return keys
 
 
 def _modules(path: pathlib.Path) -> list[str]:

@@ -18,7 +18,7 @@ from jlora.checkpoints.shard_files import (
   write_model,
 )
 from jlora.checkpoints.shards import DTYPES, load_json
-from jlora.checkpoints.weights import listed, stored_shapes
+from jlora.checkpoints.weights import stored_shapes
 from jlora.core.tree import leaves_by_path
 from jlora.errors import CheckpointError, ConfigError
 from jlora.models import layout
@@ -105,7 +105,6 @@ def save_tensors(
     max_shard_size: As there.
   """
   folder, largest = pathlib.Path(folder).resolve(), as_bytes(max_shard_size)
-  _check_replaceable(folder)
   with replacing(folder, known=is_saved) as new:
     write_model(new, entries, tensors, largest=largest)
     _write_metadata(new, fields, tokenizer, eos_token_ids)
@@ -120,17 +119,6 @@ def check_dtype(dtype: Any) -> np.dtype:
   return np.dtype(dtype)
 
 
-def _check_replaceable(folder: pathlib.Path) -> None:
-  if folder.is_file():
-    raise ConfigError(f'{folder} is a file; name a new folder')
-  found = [path.name for path in folder.iterdir()] if folder.exists() else []
-  if others := [name for name in found if not is_saved(name)]:
-    raise ConfigError(
-      f'{folder} would be replaced, but holds {listed(others)}, which a saved'
-      ' model does not; name a new folder'
-    )
-
-
 def is_saved(name: str) -> bool:
   """Whether a file is one of those that a saved model consists of."""
   return name in _SAVED or is_weights_file(name)
@@ -141,7 +129,7 @@ def stored_tensors(
   params: Mapping[str, Any] | Iterable[tuple[str, Any]],
 ) -> Iterator[tuple[str, np.ndarray]]:
   """Yields tensors with Hugging Face's names and layout."""
-  leaves = {weight.path: weight for weight in layout.weights(config)}
+  leaves = layout.by_path(config)
   if isinstance(params, Mapping):
     params = leaves_by_path(params).items()
   for path, leaf in params:

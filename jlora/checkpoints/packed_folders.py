@@ -54,19 +54,18 @@ def choose_packed(
       raise ConfigError(
         f'{path!r} is in {leaf.format} in blocks of {leaf.block_size};'
         f' bitsandbytes has {" and ".join(_FORMATS)} in blocks of'
-        f' {", ".join(map(str, _BLOCK_SIZES))}. Use --to=merged'
+        f' {", ".join(map(str, _BLOCK_SIZES))}'
       )
-  by_path = {weight.path: weight for weight in layout.weights(config)}
+  by_path = layout.by_path(config)
   if others := {p for p in leaves if len(by_path[p].stack) > 1}:
     raise ConfigError(
       f'{listed(others)} is in 4 bits, and transformers holds the experts of a'
-      ' layer as one tensor, for which bitsandbytes has no form; use'
-      ' --to=merged'
+      ' layer as one tensor, for which bitsandbytes has no form'
     )
   if others := {path for path in leaves if not by_path[path].linear}:
     raise ConfigError(
       f'{listed(others)} is in 4 bits and no linear layer, which is all that'
-      ' bitsandbytes holds; use --to=merged'
+      ' bitsandbytes holds'
     )
   packed = {
     path: leaf
@@ -75,8 +74,7 @@ def choose_packed(
   }
   if not packed:
     raise ConfigError(
-      'no kernel is in 4 bits in a way that bitsandbytes can hold; use'
-      ' --to=merged, and quantize with bitsandbytes what that writes'
+      'no kernel is in 4 bits in a way that bitsandbytes can hold'
     )
   return packed
 
@@ -109,7 +107,7 @@ def save_packed(
     CheckpointError: As in `save_folder`.
   """
   dtype = check_dtype(dtype)
-  by_path = {weight.path: weight for weight in layout.weights(config)}
+  by_path = layout.by_path(config)
   shapes = stored_shapes(config)
   entries = {name: Entry(shape, dtype) for name, shape in shapes.items()}
   for path, leaf in packed.items():

@@ -80,7 +80,7 @@ def select(spec: LoraSpec, config: DecoderConfig) -> Selection:
     ConfigError: The spec does not fit the decoder.
   """
   base = make_modules(config)
-  weights = {weight.path: weight for weight in layout.weights(config)}
+  weights = layout.by_path(config)
   leaves = {
     path: jax.ShapeDtypeStruct(weight.shape, np.float32)
     for path, weight in weights.items()

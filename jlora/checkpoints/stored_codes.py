@@ -6,6 +6,7 @@ their blocks lie within rows. Any other is decoded as it is read.
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Mapping
 
@@ -15,12 +16,14 @@ from jlora.checkpoints.packed import PackedTensor, Recipe
 from jlora.checkpoints.weights import Index, listed
 from jlora.core import tree
 from jlora.core.lora import LoraSpec
-from jlora.core.quantization import QuantSpec
+from jlora.core.quantization import QuantSpec, select_whole
 from jlora.core.targets import ALL_LINEAR
 from jlora.errors import BaseModelError, ConfigError
-from jlora.models import layout
+from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
 from jlora.models.layout import Weight
+
+_MIXED = 'some of their layers are in full precision'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,11 +101,14 @@ class StoredCodes:
     recipe: How the leaves that stay as stored are quantized.
     leaves: These, by path; where there are none, all are decoded.
     decoded: Why any other leaf with 4-bit layers is decoded, by path.
+    mixed: Number of weights of leaves that are decoded only since a layer is
+      in full precision.
   """
 
   recipe: Recipe
   leaves: Mapping[str, PackedLeaf]
   decoded: Mapping[str, str]
+  mixed: int = 0
 
   @property
   def quant(self) -> QuantSpec | None:
@@ -128,7 +134,15 @@ class StoredCodes:
     if not reasons:
       return text
     why = '; '.join(f'{n}, since {reason}' for reason, n in reasons.items())
-    return f'{text}; decoded: {why}'
+    text = f'{text}; decoded: {why}'
+    if not self.mixed:
+      return text
+    return (
+      f'{text}. Whole stacks with such layers take {2 * self.mixed / 2**30:.2f}'
+      f' GiB in 16 bits, not {self.mixed / 2**31:.2f} GiB in 4; a folder with'
+      ' all layers in 4 bits, such as the plain -bnb-4bit one of a dynamic'
+      ' quantization, avoids that'
+    )
 
 
 def find_codes(
@@ -142,13 +156,14 @@ def find_codes(
   """
   if not packed:
     return None
-  whole, decoded = {}, {}
+  whole, decoded, mixed = {}, {}, 0
   for weight in layout.weights(config):
     found = [packed[name] for name in weight.tensors if name in packed]
     if not found:
       continue
     if reason := _why_decoded(weight, found):
       decoded[weight.path] = reason
+      mixed += math.prod(weight.shape) if reason == _MIXED else 0
     else:
       whole[weight.path] = PackedLeaf(tuple(found), weight.stack)
   recipes = collections.Counter(x.tensors[0].recipe for x in whole.values())
@@ -158,14 +173,14 @@ def find_codes(
     if leaf.tensors[0].recipe != recipe:
       decoded[path] = f'most others are {recipe}'
       del whole[path]
-  return StoredCodes(recipe, whole, decoded)
+  return StoredCodes(recipe, whole, decoded, mixed)
 
 
 def _why_decoded(weight: Weight, found: list[PackedTensor]) -> str:
   """Returns why a leaf cannot stay as stored, or nothing."""
   size, block = weight.shape[-2], found[0].recipe.block_size
   if len(found) < len(weight.tensors):
-    return 'some of their layers are in full precision'
+    return _MIXED
   if not weight.linear or found[0].shape != weight.shape[:-3:-1]:
     return 'they are no linear layers of their own'
   if len({tensor.recipe for tensor in found}) > 1:
@@ -206,8 +221,7 @@ def agree(
   if spec and spec.changes_base:
     raise ConfigError(
       f'lora.init {spec.init!r} takes a part out of the kernels before they are'
-      ' quantized, but this base is stored in 4 bits; use lora.init=lora, set'
-      ' quant to None, or name the unquantized model'
+      ' quantized, but this base is stored in 4 bits'
     )
   asked = Recipe(
     format=quant.format,
@@ -215,22 +229,29 @@ def agree(
     double_quant=quant.double_quant,
   )
   _check_recipe(asked, codes)
-  shapes, stored = layout.shapes(config), set(codes.leaves)
-  excluded = set(tree.matching(quant.exclude, shapes))
-  excluded.update(tree.matching(spec.train_full, shapes) if spec else ())
-  if quant.targets != ALL_LINEAR:
-    wanted = set(tree.matching(quant.targets, shapes)) - excluded
-    if others := wanted - stored:
-      raise ConfigError(
-        f'quant.targets asks for {listed(others)} in 4 bits, which the base'
-        ' stores otherwise; leave it out, or use quant.targets=all-linear for'
-        ' what is stored in 4 bits'
-      )
-    stored &= wanted
-  targets = tuple(re.escape(path) for path in sorted(stored - excluded))
+  kept = _chosen(quant, codes, config)
+  if spec:
+    kept -= set(tree.matching(spec.train_full, layout.shapes(config)))
+  if others := kept - set(codes.leaves):
+    raise ConfigError(
+      f'quant.targets asks for {listed(others)} in 4 bits, which the base'
+      ' stores otherwise'
+    )
+  targets = tuple(map(re.escape, sorted(kept)))
   if not targets:
     return None
   return dataclasses.replace(quant, targets=targets, exclude=())
+
+
+def _chosen(
+  quant: QuantSpec, codes: StoredCodes, config: DecoderConfig
+) -> set[str]:
+  """Returns the paths that are asked for; of all-linear, those in codes."""
+  quant = families.resolve(quant, config)
+  if quant.targets == ALL_LINEAR:
+    targets = tuple(map(re.escape, codes.leaves))
+    quant = dataclasses.replace(quant, targets=targets)
+  return set(select_whole(layout.shapes(config), quant))
 
 
 def _check_recipe(asked: Recipe, codes: StoredCodes) -> None:
@@ -238,16 +259,10 @@ def _check_recipe(asked: Recipe, codes: StoredCodes) -> None:
   if not codes.leaves:
     raise ConfigError(
       f'quant asks for {asked}, but no leaf of this base can stay as stored'
-      f' ({codes.describe(None)}), and codes are not quantized again; set quant'
-      ' to None'
+      f' ({codes.describe(None)}), and codes are not quantized again'
     )
   if asked != stored:
-    flags = ' '.join(
-      f'--config.quant.{field}={value}'
-      for field, value in dataclasses.asdict(stored).items()
-      if value != getattr(asked, field)
-    )
     raise ConfigError(
       f'quant asks for {asked}, but the base is stored as {stored}, and codes'
-      f' are not quantized again; use {flags}, or name the unquantized model'
+      ' are not quantized again'
     )

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jlora.checkpoints.bases import Base
 from jlora.checkpoints.weights import StoredLeaf
 from jlora.core.decompositions import Start
 from jlora.core.lazy import LoraArray, RowsArray, densify, is_lazy
@@ -26,43 +27,66 @@ INTO = ('trained', 'original')
 
 @dataclasses.dataclass
 class Distance:
-  """How far written kernels are from the trained ones.
+  """How far written weights are from the trained ones.
 
   Attributes:
     error: Sum of squares of written minus trained weights.
     update: Sum of squares of trained weights minus those of the frozen base.
-    kernels: How many adapted matrices were compared.
+    weights: Sum of squares of trained weights.
+    tensors: How many were compared: each layer of a leaf is one.
+    adapted: How many of them an adapter is on.
   """
 
   error: float = 0.0
   update: float = 0.0
-  kernels: int = 0
+  weights: float = 0.0
+  tensors: int = 0
+  adapted: int = 0
 
   @property
   def share(self) -> float:
     """The error's norm over the update's; infinite where nothing is changed."""
     return math.sqrt(self.error / self.update) if self.update else math.inf
 
-  def add(
-    self, written: Any, trained: Any, frozen: Any, *, kernels: int = 1
-  ) -> None:
-    """Counts kernels, given as arrays of the same shape."""
+  def add(self, written: Any, trained: Any, frozen: Any = None) -> None:
+    """Counts one tensor, given as arrays of the same shape.
+
+    Args:
+      written: As it will be read again.
+      trained: As the model computes with it.
+      frozen: As the base has it, where an adapter is on it.
+    """
     trained = np.asarray(trained, np.float32)
-    for name, other in (('error', written), ('update', frozen)):
-      part = np.asarray(other, np.float32) - trained
-      squares = np.sum(np.square(part, out=part), dtype=np.float64)
-      setattr(self, name, getattr(self, name) + float(squares))
-    self.kernels += kernels
+    self.weights += _squares(trained.copy())
+    self.tensors += 1
+    self.error += _squares(np.asarray(written, np.float32) - trained)
+    if frozen is not None:
+      self.update += _squares(np.asarray(frozen, np.float32) - trained)
+      self.adapted += 1
+
+  def add_rounding(self, written: Any, given: Any) -> None:
+    """Counts what rounding made of a tensor that was counted before it."""
+    self.error += _squares(np.asarray(written, np.float32) - given)
 
   def __str__(self) -> str:
     """Says it in one sentence."""
-    if not self.update:
-      return 'the adapter changes nothing'
+    over = f'(Frobenius norm over {self.tensors} tensors)'
+    if self.update:
+      return (
+        'the written weights differ from the trained ones by'
+        f" {self.share:.1%} of the adapter's own update {over}"
+      )
+    nothing = 'the adapter changes nothing' if self.adapted else 'no adapter'
+    share = math.sqrt(self.error / self.weights) if self.weights else 0.0
     return (
-      'the written weights differ from the trained ones by'
-      f" {self.share:.1%} of the adapter's own update (Frobenius norm over"
-      f' {self.kernels} kernels)'
+      f"{nothing}, and the written weights differ from the model's by"
+      f' {share:.2%} of these {over}'
     )
+
+
+def _squares(x: np.ndarray) -> float:
+  """Returns the sum of squares of an array, which is overwritten."""
+  return float(np.sum(np.square(x, out=x), dtype=np.float64))
 
 
 class MergedLeaf:
@@ -77,8 +101,10 @@ class MergedLeaf:
     leaf: Any,
     dtype: np.dtype,
     distance: Distance,
-    original: StoredLeaf | None,
-    start: Start | None,
+    *,
+    original: StoredLeaf | None = None,
+    start: Start | None = None,
+    replaced: StoredLeaf | None = None,
   ):
     """Takes a leaf; nothing is computed.
 
@@ -88,26 +114,25 @@ class MergedLeaf:
       distance: Where each layer is counted.
       original: The leaf in the base's files, where it is merged into that.
       start: What of it the adapter's start was.
+      replaced: The leaf in the base's files, where it was trained whole.
     """
     self.shape = leaf.shape
     self._leaf, self._dtype, self._distance = leaf, dtype, distance
-    self._original, self._start = original, start
+    self._original, self._start, self._replaced = original, start, replaced
 
   def __getitem__(self, place: int | tuple[int, ...]) -> np.ndarray:
     """Returns a layer, or an expert of it."""
     place = place if isinstance(place, tuple) else (place,)
-    leaf = self._leaf
-    if not is_lazy(leaf):
-      leaf = (self._original or leaf)[place]
-      return np.asarray(leaf).astype(self._dtype)
-    leaf, start = jax.tree.map(lambda x: x[place], (leaf, self._start))
-    written = leaf
+    leaf, start = jax.tree.map(lambda x: x[place], (self._leaf, self._start))
+    result = trained = np.asarray(densify(leaf, np.float32))
     if self._original:
       written = _put_on(leaf, jnp.asarray(self._original[place]), start)
-    result = np.asarray(densify(written, np.float32)).astype(self._dtype)
-    if isinstance(leaf, LoraArray):
-      trained = densify(leaf, np.float32)
-      self._distance.add(result, trained, densify(leaf.base, np.float32))
+      result = np.asarray(densify(written, np.float32))
+    result = result.astype(self._dtype)
+    frozen = self._replaced and self._replaced[place]
+    if isinstance(leaf, LoraArray | RowsArray):
+      frozen = densify(leaf.base, np.float32)
+    self._distance.add(result, trained, frozen)
     return result
 
   def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
@@ -138,7 +163,7 @@ def merged_leaves(
 
   Args:
     tuned: The model.
-    distance: Where the written kernels are counted.
+    distance: Where what is written is counted.
     into: 'trained', the weights that were trained on, decoded where they are
       in codes; or 'original', those of the base's files, which is another
       function.
@@ -147,15 +172,35 @@ def merged_leaves(
   Raises:
     ConfigError: The base's files hold codes and no original weights.
   """
-  if into == 'original' and tuned.base.codes:
-    raise ConfigError(
-      f'--into=original: {tuned.base.name} holds codes in 4 bits, and not the'
-      ' weights that were quantized; use --into=trained, or name these with'
-      ' --base=ORIGINAL --adapter=DIR --allow_other_base'
-    )
-  stored = tuned.base.leaves() if into == 'original' else {}
-  starts = tuned.starts if into == 'original' else {}
-  whole = set(leaves_by_path(tuned.trainable))
+  check_into(into, tuned.base)
+  stored, whole = tuned.base.leaves(), tuned.whole
   for path, leaf in leaves_by_path(tuned.params, is_lazy).items():
-    original = None if f'{path}/full' in whole else stored.get(path)
-    yield path, MergedLeaf(leaf, dtype, distance, original, starts.get(path))
+    into_it = into == 'original' and path not in whole
+    yield (
+      path,
+      MergedLeaf(
+        leaf,
+        dtype,
+        distance,
+        original=stored[path] if into_it else None,
+        start=tuned.starts.get(path) if into_it else None,
+        replaced=stored[path] if path in whole else None,
+      ),
+    )
+
+
+def check_into(into: str, base: Base) -> None:
+  """Requires that a base has the weights that an adapter is merged into.
+
+  Args:
+    into: As in `merged_leaves`.
+    base: The base.
+
+  Raises:
+    ConfigError: It has not.
+  """
+  if into == 'original' and base.codes:
+    raise ConfigError(
+      f'{base.name} holds codes in 4 bits, and not the weights that were'
+      ' quantized'
+    )

@@ -6,18 +6,21 @@ codes leaves little of it. So how much is left is counted before it is written.
 
 import dataclasses
 import math
+import operator
+from collections.abc import Iterator
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jlora.core.lazy import LoraArray, densify, is_lazy
-from jlora.core.plan import is_frozen_leaf
 from jlora.core.quantization import QuantSpec, quantize_leaf, select_whole
-from jlora.core.quantized import QuantizedArray, dequantize_leaf, is_quantized
+from jlora.core.quantized import QuantizedArray, dequantize_leaf
 from jlora.core.tree import leaves_by_path
-from jlora.inference.merging import Distance
+from jlora.inference.merging import Distance, merged_leaves
 from jlora.inference.tuned import Tuned
-from jlora.models import families
+from jlora.models import families, layout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +30,7 @@ class Requantized:
   Attributes:
     codes: The kernels that were in codes, by path.
     rest: All other leaves, adapters included, by path; lazy where they were.
-    distance: How far the adapted kernels are from the trained ones.
+    distance: How far what is written is from what was trained.
     changed: Share of the codes of adapted kernels that are not as before.
   """
 
@@ -44,33 +47,58 @@ class Requantized:
     )
 
 
-def requantize(tuned: Tuned) -> Requantized:
+def requantize(tuned: Tuned, dtype: np.dtype) -> Requantized:
   """Merges the adapter and quantizes the sum as the base is.
 
   Args:
-    tuned: The model; where its base is in full precision, nothing is in codes.
+    tuned: The model, with kernels in codes.
+    dtype: What leaves that are not in codes are rounded to.
   """
-  before = leaves_by_path(tuned.frozen, is_frozen_leaf)
-  before = {path: x for path, x in before.items() if is_quantized(x)}
-  codes, rest, distance = {}, {}, Distance()
+  before, distance = tuned.codes, Distance()
+  codes, rest = {}, {}
   changed = total = 0
-  for path, leaf in leaves_by_path(tuned.params, is_lazy).items():
+  leaves = leaves_by_path(tuned.params, is_lazy)
+  weights = layout.by_path(tuned.base.config)
+  for path, leaf in merged_leaves(tuned, distance, into='trained', dtype=dtype):
     if path not in before:
-      rest[path] = leaf
-      continue
-    codes[path] = before[path]
-    if isinstance(leaf, LoraArray):
-      trained = densify(leaf, np.float32)
-      codes[path] = _as(before[path], trained, path, tuned)
+      rest[path] = leaves[path]
+      for place, _ in weights[path].places():
+        leaf[place]  # which is counted
+    elif not isinstance(leaves[path], LoraArray):
+      codes[path] = before[path]
+    else:
+      codes[path] = _requantized(tuned, path, leaves[path], distance)
       changed += _count_changed(before[path], codes[path])
       total += math.prod(leaf.shape)
-      distance.add(
-        dequantize_leaf(codes[path], np.float32),
-        trained,
-        dequantize_leaf(before[path], np.float32),
-        kernels=math.prod(leaf.stacked),
-      )
   return Requantized(codes, rest, distance, changed / max(total, 1))
+
+
+def _requantized(
+  tuned: Tuned, path: str, leaf: LoraArray, distance: Distance
+) -> QuantizedArray:
+  """Returns a merged kernel in codes, made layer by layer."""
+  found = []
+  for layer in _layers(leaf):
+    trained = densify(layer, np.float32)
+    found.append(_as(layer.base, trained, path, tuned))
+    written, frozen = (
+      dequantize_leaf(x, np.float32) for x in (found[-1], layer.base)
+    )
+    for place in np.ndindex(layer.stacked):
+      distance.add(written[place], trained[place], frozen[place])
+  if len(found) == 1:
+    return found[0]
+  return jax.tree.map(lambda *x: jnp.concatenate(x), *found)
+
+
+def _layers(leaf: LoraArray) -> Iterator[LoraArray]:
+  """Yields the layers of a stack, each a stack of one, or the only kernel."""
+  if not leaf.stacked:
+    yield leaf
+    return
+  for i in range(leaf.stacked[0]):
+    at = slice(i, i + 1)
+    yield jax.tree.map(operator.itemgetter(at), leaf)
 
 
 def _as(

@@ -27,8 +27,10 @@ from jlora.core.decompositions import Start
 from jlora.core.lazy import densify, is_lazy
 from jlora.core.lift import lift
 from jlora.core.lora import INITS_THAT_CHANGE_THE_BASE, LoraSpec
+from jlora.core.plan import is_frozen_leaf
 from jlora.core.quantization import QuantSpec
-from jlora.core.tree import nodes_by_path
+from jlora.core.quantized import QuantizedArray, is_quantized
+from jlora.core.tree import leaves_by_path, nodes_by_path
 from jlora.models import families
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
@@ -68,6 +70,18 @@ class Tuned:
       return self.frozen
     return combine(self.frozen, self.trainable, self.spec)
 
+  @property
+  def codes(self) -> dict[str, QuantizedArray]:
+    """The frozen kernels that are in codes, by path."""
+    leaves = leaves_by_path(self.frozen, is_frozen_leaf)
+    return {path: x for path, x in leaves.items() if is_quantized(x)}
+
+  @property
+  def whole(self) -> set[str]:
+    """Paths of the leaves that the adapter replaces."""
+    nodes = nodes_by_path(self.trainable)
+    return {path for path, node in nodes.items() if 'full' in node}
+
   def dense(self, dtype: Any) -> Any:
     """Returns plain parameters: the trained base plus the adapter's update.
 
@@ -78,6 +92,9 @@ class Tuned:
     return jax.tree.map(cast, self.params, is_leaf=is_lazy)
 
 
+Check = Callable[[Base, LoraSpec | None, QuantSpec | None], None]
+
+
 def load_tuned(
   base_name: str,
   adapter_folder: os.PathLike[str] | str | None = None,
@@ -85,6 +102,7 @@ def load_tuned(
   quant: QuantSpec | None = None,
   dtype: str = 'auto',
   allow_other_base: bool = False,
+  check: Check = lambda base, spec, quant: None,
 ) -> Tuned:
   """Loads a base and puts an adapter beside it.
 
@@ -95,6 +113,9 @@ def load_tuned(
       adapter says how its base was quantized in training, that decides.
     dtype: 'auto', 'float32' or 'bfloat16'.
     allow_other_base: Whether an adapter of another base is accepted.
+    check: Called before any weights of the base are read, with the base, what
+      the adapter trains (None without one) and how the base is quantized here;
+      it raises what there is to refuse.
 
   Raises:
     BaseModelError: The base cannot be opened.
@@ -104,6 +125,7 @@ def load_tuned(
   compute = compute_dtype(dtype)
   if adapter_folder is None:
     quant = _default_quant(quant, base)
+    check(base, None, quant)
     parts = _Parts(load_frozen(base, quant, compute), {}, None, {})
     return _tuned(base, parts, quant, compute, {})
   adapter = load_adapter(pathlib.Path(adapter_folder), base.config)
@@ -120,6 +142,8 @@ def load_tuned(
     quant = _default_quant(quant, base)
   quant = quant and families.resolve(quant, base.config)
   quant = _trained_quant(adapter, quant, again=again)
+  spec = trained_spec(adapter.metadata) if again else adapter.spec
+  check(base, spec, quant)
   load = _start_again if again else _put_beside
   parts = load(adapter, base, quant, compute)
   return _tuned(base, parts, quant, compute, adapter.metadata)

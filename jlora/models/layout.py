@@ -95,6 +95,15 @@ def _filled(module: str, stack: tuple[int, ...]) -> Iterator[str]:
     yield from _filled(module.replace('{}', str(i), 1), stack[1:])
 
 
+def by_path(config: DecoderConfig) -> dict[str, Weight]:
+  """Returns all leaves, keyed by their paths.
+
+  Args:
+    config: The decoder's sizes.
+  """
+  return {weight.path: weight for weight in weights(config)}
+
+
 def shapes(
   config: DecoderConfig, dtype: Any = jnp.float32
 ) -> dict[str, jax.ShapeDtypeStruct]:

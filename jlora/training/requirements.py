@@ -4,8 +4,10 @@ import dataclasses
 
 from jlora.checkpoints.bases import Base
 from jlora.checkpoints.peft_selection import select
-from jlora.checkpoints.stored_codes import agree
+from jlora.checkpoints.stored_codes import StoredCodes, agree
+from jlora.core.lora import LoraSpec
 from jlora.core.plan import make_plan
+from jlora.core.quantization import QuantSpec
 from jlora.core.split import make_split
 from jlora.core.tree import leaves_by_path, nest
 from jlora.errors import ConfigError
@@ -58,8 +60,32 @@ def as_stored(spec: RunSpec, base: Base) -> RunSpec:
   Raises:
     ConfigError: The run asks for another quantization.
   """
-  quant = agree(spec.quant, base.codes, base.config, spec.lora)
+  try:
+    quant = agree(spec.quant, base.codes, base.config, spec.lora)
+  except ConfigError as error:
+    advice = _advise(spec.quant, spec.lora, base.codes)
+    raise ConfigError(f'{error}; {advice}') from error
   return dataclasses.replace(spec, quant=quant)
+
+
+def _advise(quant: QuantSpec, lora: LoraSpec, codes: StoredCodes) -> str:
+  """Returns what to change so that a base can stay as it is stored."""
+  if lora.changes_base:
+    return (
+      'use lora.init=lora, set quant to None, or name the unquantized model'
+    )
+  if not codes.leaves:
+    return 'set quant to None'
+  changes = [
+    f'--config.quant.{field}={value}'
+    for field, value in dataclasses.asdict(codes.recipe).items()
+    if value != getattr(quant, field)
+  ]
+  if changes:
+    return f'use {" ".join(changes)}, or name the unquantized model'
+  return (
+    'leave it out, or use quant.targets=all-linear for what is stored in 4 bits'
+  )
 
 
 def check_rows(spec: RunSpec, devices: int) -> None:

@@ -2,6 +2,7 @@ import json
 import os
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from jlora.errors import BaseModelError, ConfigError
 from jlora.inference.tuned import load_tuned
 from jlora.models import families
 from jlora.planning.sizes import read_sizes
+from jlora.training.requirements import as_stored
 from tests.checkpoints.packing_4bit import (
   decode,
   is_linear,
@@ -92,6 +94,9 @@ def test_what_cannot_stay_as_stored_is_decoded_counted_and_said(
   assert text.startswith('stored in 4 bits: 7 leaves, 4 of them used as')
   assert '1, since blocks of 128 do not divide rows of 64' in text
   assert '1, since some of their layers are in full precision' in text
+  assert base.codes.mixed == 2 * 64 * 128
+  assert 'GiB in 16 bits' in text
+  assert 'the plain -bnb-4bit one' in text
   assert '1, since most others are nf4' in text
   frozen = load_frozen(base, spec_of(base), np.float32)
   dense = stored(base.config, jlora.dequantize(frozen))
@@ -179,14 +184,31 @@ def packed_base(tiny_base, tmp_path_factory):
     ({'double_quant': False}, {}, 'config.quant.double_quant=True'),
     ({'block_size': 32}, {}, 'config.quant.block_size=64'),
     ({'targets': '.*/embedding'}, {}, "'embed/embedding' in 4 bits"),
-    ({}, {'init': 'pissa'}, "'pissa' takes a part out"),
+    ({}, {'init': 'pissa'}, "'pissa' takes a part out.*lora.init=lora"),
   ],
 )
 def test_codes_are_not_quantized_again(packed_base, quant, lora, message):
   spec = jlora.LoraSpec(**lora)
   quant = jlora.QuantSpec(**quant)
+  run = types.SimpleNamespace(quant=quant, lora=spec)
   with pytest.raises(ConfigError, match=message):
+    as_stored(run, packed_base)
+  with pytest.raises(ConfigError, match=r'^[^;]*$'):  # no flags of training
     agree(quant, packed_base.codes, packed_base.config, spec)
+
+
+def test_layers_left_out_one_by_one_get_the_same_answer(packed_base, tiny_base):
+  one = jlora.QuantSpec(exclude=('layers/1/mlp/up_proj/kernel',))
+  each = jlora.QuantSpec(exclude=(r'layers/\d/mlp/up_proj/kernel',))
+  found = []
+  for base in (packed_base, open_base(str(tiny_base))):
+    quant = families.resolve(one, base.config)
+    with pytest.raises(ConfigError, match='leave 1 of the 2 layers') as raised:
+      load_frozen(base, quant, 'f4')
+    found.append(str(raised.value))
+  assert found[0] == found[1]
+  agreed = agree(each, packed_base.codes, packed_base.config)
+  assert len(agreed.targets) == 6
 
 
 def test_leaves_are_left_out_of_the_codes_by_name(packed_base):

@@ -117,6 +117,12 @@ def change(tensors, drop=(), **new):
     ([], {}, {'fine_tune_type': 'dora'}, r"lacks .*\.m'"),
     ([], {}, {'lora_parameters': {'rank': 4}}, 'shape'),
     ([], {}, {'lora_parameters': {'scale': None}}, 'scale is None'),
+    ([], {}, {'lora_parameters': {'dropout': 'x'}}, "dropout is 'x'"),
+    ([], {}, {'lora_parameters': {'dropout': []}}, r'dropout is \[\]'),
+    ([], {}, {'lora_parameters': {'dropout': 1}}, 'dropout is 1'),
+    ([], {}, {'lora_parameters': {'keys': 5}}, 'keys is 5'),
+    ([], {}, {'lora_parameters': {'keys': [['a']]}}, 'list of names'),
+    ([], {}, {'lora_parameters': {'keys': 'mlp.up_proj'}}, 'list of names'),
     ([], {}, {'lora_parameters': {'use_rslora': True}}, 'use_rslora=True'),
     (
       [],
