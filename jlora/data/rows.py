@@ -112,15 +112,16 @@ class RowReader:
     }
 
   def check_seen(self) -> None:
-    """Requires, once all rows are read, that each named column was there.
+    """Requires, once rows are read, that each named column was there.
 
     Raises:
       DataError: No row had one.
     """
     if self._unseen and self._first:
       raise DataError(
-        f'{self._source}: no row has the column {min(self._unseen)!r}, which'
-        f' data.columns names; the first has {self._first}'
+        f'{self._source}: no row that was read has the column'
+        f' {min(self._unseen)!r}, which data.columns names; the first has'
+        f' {self._first}'
       )
 
 

@@ -143,6 +143,7 @@ def load_conversations(
   examples: int | None,
   seed: int = 0,
   columns: Columns = (),
+  stream: bool = False,
 ) -> tuple[list[Conversation], str]:
   """Reads a source.
 
@@ -153,6 +154,7 @@ def load_conversations(
       a task does not have.
     seed: Which stream of a task's training questions.
     columns: Pairs of a field and the column that holds it.
+    stream: Whether a dataset of the hub is fetched only as far as it is read.
 
   Returns:
     The conversations, and a line that says what was read.
@@ -169,10 +171,10 @@ def load_conversations(
     rows = list(itertools.islice(drawn, examples))
     return rows, f'{source}: {len(rows)} {split} questions drawn'
   reader = RowReader(source, columns)
-  located = open_rows(source, split=split)
+  located = open_rows(source, split=split, stream=stream)
   rows = [reader.read(*row) for row in itertools.islice(located, examples)]
   if not rows:
     raise DataError(f'{source!r} holds no row; give at least one')
-  if examples is None:
+  if split == 'eval' or not stream:  # else later rows are still to be read
     reader.check_seen()
   return rows, f'{source}: {len(rows)} rows read as {reader.format!r}'

@@ -105,6 +105,8 @@ def _prepared(
 ) -> Prepared:
   """Reads the first block, and counts what it took."""
   examples = loader.first_block()
+  for stream in streams:
+    stream.check_seen()
   made = sum((stream.made for stream in streams), Made())
   recipe.require_kept(made)
   notes.append(
@@ -157,5 +159,5 @@ def _first(
   source: str, split: str, examples: int, columns: Columns
 ) -> tuple[list[Conversation], str]:
   return load_conversations(
-    source, split=split, examples=examples, columns=columns
+    source, split=split, examples=examples, columns=columns, stream=True
   )

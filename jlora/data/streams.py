@@ -53,7 +53,8 @@ class SourceStream:
     self.source = source
     self.made = Made()
     self.rounds = self.duplicates = 0
-    self._recipe, self._columns, self._seed = recipe, columns, seed
+    self._recipe, self._seed = recipe, seed
+    self._reader = RowReader(source, columns)
     self._skip, self._held_out = skip, held_out
     self._stop = None if limit is None else skip + limit
     self._pending: collections.deque[Example] = collections.deque()
@@ -144,13 +145,20 @@ class SourceStream:
       drawn = draw_conversations(self.source, split='train', seed=self._seed)
       yield from itertools.islice(drawn, start, self._stop)
       return
-    reader = RowReader(self.source, self._columns)
     rows = open_rows(self.source, split='train', stream=True)
     for i, row in enumerate(itertools.islice(rows, self._stop)):
       if i == 0 or i >= start:
-        conversation = reader.read(*row)
+        conversation = self._reader.read(*row)
       if i >= start:
         yield conversation
+
+  def check_seen(self) -> None:
+    """Requires that some row so far had each column that is named.
+
+    Raises:
+      DataError: None had one.
+    """
+    self._reader.check_seen()
 
   def line(self) -> str:
     """Returns what was read so far, for people to read."""

@@ -25,7 +25,9 @@ def test_a_named_column_that_a_row_lacks_lists_the_columns():
 def test_a_column_that_some_rows_have_must_be_in_one():
   reader = RowReader('a.jsonl', (*COLUMNS, ('system', 'rules')))
   reader.read('a.jsonl:1', ROW)
-  with pytest.raises(DataError, match=r"no row has the column 'rules'.*answer"):
+  with pytest.raises(
+    DataError, match=r"no row that was read has the column 'rules'.*answer"
+  ):
     reader.check_seen()
   reader.read('a.jsonl:2', ROW | {'rules': 'Be short.'})
   reader.check_seen()

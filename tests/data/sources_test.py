@@ -118,3 +118,12 @@ def test_a_task_needs_a_number_of_examples():
 def test_a_task_gives_as_many_as_asked_for():
   rows, _ = load_conversations('reasoning_gym:gcd', split='train', examples=7)
   assert len(rows) == 7
+
+
+def test_a_limited_read_finds_a_column_that_no_row_has(write):
+  names = {'prompt': 'prompt', 'completion': 'completion', 'system': 'sytem'}
+  path = write(GOOD, GOOD)
+  with pytest.raises(DataError, match=r"has the column 'sytem'"):
+    load_conversations(
+      path, split='train', examples=1, columns=tuple(names.items())
+    )

@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pytest
 
 from jlora.data.recipe import Recipe
@@ -83,3 +84,22 @@ def test_too_much_lost_in_the_first_block_is_refused(prepare, write):
   long = json.dumps({'prompt': 'd', 'completion': 'the answer ' * 30})
   with pytest.raises(DataError, match=r'8 of 8 examples lose .*\(8 cut, 0'):
     prepare(write(long), held, max_length=40)
+
+
+def test_no_row_of_the_hub_is_fetched_before_it_is_read(prepare, monkeypatch):
+  streamed = []
+
+  def load(*_, split, streaming):
+    streamed.append(streaming)
+    return map(json.loads, rows(*'abcdefg'))
+
+  monkeypatch.setattr(datasets, 'load_dataset', load)
+  prepare('owner/name')
+  assert len(streamed) > 1
+  assert all(streamed)
+
+
+def test_a_column_that_no_row_of_the_first_block_has_is_refused(prepare, write):
+  names = {'prompt': 'prompt', 'completion': 'completion', 'system': 'sytem'}
+  with pytest.raises(DataError, match=r"has the column 'sytem'"):
+    prepare(write(*rows(*'abcdefg')), columns=tuple(names.items()))
