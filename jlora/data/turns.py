@@ -15,7 +15,8 @@ _NEXT = {
   'call': ('tool',),
   'tool': ('tool', 'assistant'),
 }
-# Under these names turns hold what was thought before the answer.
+# Under these names turns hold what was thought before the answer, the first of
+# which it has here.
 THINKING = ('reasoning_content', 'reasoning', 'thinking')
 
 
@@ -57,7 +58,11 @@ def read_turn(turn: Any) -> Message:
     fields['tool_calls'] = _read_calls(fields['tool_calls'])
     if not fields['tool_calls']:
       del fields['tool_calls']
-  speaks = not (role == 'tool' or {'tool_calls', *THINKING} & fields.keys())
+  thoughts = [fields.pop(name) for name in THINKING if name in fields]
+  if thoughts:
+    fields['reasoning_content'] = thoughts[0]
+  apart = {'tool_calls', 'reasoning_content'}
+  speaks = not (role == 'tool' or apart & fields.keys())
   content = text_in(fields, 'content') if speaks else _maybe_text(fields)
   fields.pop('content', None)
   return Message(role, content, role == 'assistant' and weight != 0, fields)

@@ -177,3 +177,10 @@ def test_an_unknown_speaker_is_named():
   row = {'conversations': [{'from': 'narrator', 'value': 'once'}]}
   with pytest.raises(ValueError, match="'from' 'narrator'; known are system"):
     read_row(row, 'sharegpt')
+
+
+@pytest.mark.parametrize('name', ['reasoning_content', 'reasoning', 'thinking'])
+def test_thoughts_have_one_name_once_they_are_read(name):
+  row = {'messages': [HI, {**YO, name: 'hm'}]}
+  answer = read_row(row, 'messages').messages[-1]
+  assert answer.more == {'reasoning_content': 'hm'}
