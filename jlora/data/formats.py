@@ -124,7 +124,7 @@ def _as_turn(turn: Any) -> Any:
 def _as_calls(said: Any) -> list[Any]:
   try:
     calls = json.loads(said)
-  except (TypeError, json.JSONDecodeError, RecursionError) as error:
+  except (TypeError, ValueError, RecursionError) as error:
     raise ValueError(f"'function_call' is {short(said)}, not JSON") from error
   return calls if isinstance(calls, list) else [calls]
 

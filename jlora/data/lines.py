@@ -97,6 +97,8 @@ def _parse(where: str, line: str) -> Mapping[str, Any]:
     ) from error
   except RecursionError as error:
     raise DataError(f'{where}: the JSON is nested too deeply') from error
+  except ValueError as error:  # a number of thousands of digits
+    raise DataError(f'{where}: {first_line(error)}') from error
   if not isinstance(row, dict):
     raise DataError(
       f'{where}: the line is a JSON {type(row).__name__}, not an object'

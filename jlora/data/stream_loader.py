@@ -23,17 +23,6 @@ from jlora.data.streams import SourceStream
 from jlora.data.tokens import Example
 from jlora.errors import DataError
 
-# What reading and tokenizing may raise; whoever asks for the block gets it.
-_FAULTS = (
-  ArithmeticError,
-  AttributeError,
-  LookupError,
-  OSError,
-  RuntimeError,
-  TypeError,
-  ValueError,
-)
-
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -261,7 +250,7 @@ def _in_thread(
   def run() -> None:
     try:
       future.set_result(make(place))
-    except _FAULTS as error:
+    except Exception as error:  # whoever asks for the block gets it
       future.set_exception(error)
     finally:  # nobody waits for ever
       if not future.done():

@@ -114,7 +114,7 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
   if isinstance(tools, str):
     try:
       tools = json.loads(tools) if tools.strip() else None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f"'tools' is {short(tools)}, not JSON") from error
   are_schemas = isinstance(tools, list) and all(
     isinstance(tool, Mapping) for tool in tools
@@ -127,7 +127,7 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
 def _object(text: str, what: str) -> Any:
   try:
     return json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{what} are {short(text)}, not JSON') from error
 
 

@@ -184,3 +184,15 @@ def test_thoughts_have_one_name_once_they_are_read(name):
   row = {'messages': [HI, {**YO, name: 'hm'}]}
   answer = read_row(row, 'messages').messages[-1]
   assert answer.more == {'reasoning_content': 'hm'}
+
+
+@pytest.mark.parametrize(
+  'row',
+  [
+    {'messages': [HI, YO], 'tools': f'[{"1" * 5000}]'},
+    {'conversations': [{'from': 'function_call', 'value': '1' * 5000}]},
+  ],
+)
+def test_numbers_of_thousands_of_digits_are_no_json(row):
+  with pytest.raises(ValueError, match='not JSON'):
+    read_row(row, detect_format(row))

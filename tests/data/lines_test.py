@@ -27,6 +27,7 @@ def test_nothing_is_read_before_it_is_needed(write):
   [
     ('{"prompt": "a"', "not JSON: Expecting ',' delimiter at column"),
     ('["a"]', 'a JSON list, not an object'),
+    pytest.param(f'{{"a": {"1" * 5000}}}', '4300 digits', id='digits'),
     pytest.param('[' * 100_000, 'nested too deeply', id='deep'),
   ],
 )
