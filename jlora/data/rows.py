@@ -1,10 +1,17 @@
 """Rows of a source as conversations, from columns of whatever names."""
 
+import collections
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jlora.data.conversations import Conversation
-from jlora.data.formats import FIELDS, REQUIRED, detect_format, read_row
+from jlora.data.formats import (
+  FIELDS,
+  REQUIRED,
+  columns_read,
+  detect_format,
+  read_row,
+)
 from jlora.errors import ConfigError, DataError
 
 # Pairs of a field known here and the column that holds it.
@@ -77,6 +84,7 @@ class RowReader:
     self._columns = dict(columns)
     self._unseen = set(self._columns.values())
     self._first: list[str] = []
+    self._unread: collections.Counter[str] = collections.Counter()
 
   def read(self, where: str, row: Mapping[str, Any]) -> Conversation:
     """Returns a row as a conversation.
@@ -92,6 +100,7 @@ class RowReader:
       row = self._renamed(where, row)
     try:
       self.format = self.format or detect_format(row)
+      self._unread.update(row.keys() - columns_read(self.format))
       return read_row(row, self.format, where)
     except ValueError as error:
       raise DataError(f'{where}: {error}') from error
@@ -110,6 +119,13 @@ class RowReader:
       for field, column in self._columns.items()
       if column in row
     }
+
+  def unread(self) -> str:
+    """Returns which columns were not read, for the end of a line; maybe ''."""
+    counts = ', '.join(
+      f'{name} ({n:,} rows)' for name, n in sorted(self._unread.items())
+    )
+    return f'; columns not read: {counts}' if counts else ''
 
   def check_seen(self) -> None:
     """Requires, once rows are read, that each named column was there.

@@ -177,4 +177,5 @@ def load_conversations(
     raise DataError(f'{source!r} holds no row; give at least one')
   if split == 'eval' or not stream:  # else later rows are still to be read
     reader.check_seen()
-  return rows, f'{source}: {len(rows)} rows read as {reader.format!r}'
+  said = f'{source}: {len(rows)} rows read as {reader.format!r}'
+  return rows, said + reader.unread()

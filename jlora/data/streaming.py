@@ -115,6 +115,7 @@ def _prepared(
     f' {sum(stream.duplicates for stream in streams):,} rows with a prompt that'
     ' is held out are left out'
   )
+  notes += [stream.line() for stream in streams]
   report = count(
     examples,
     [made, held_out],

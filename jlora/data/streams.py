@@ -167,5 +167,5 @@ class SourceStream:
       f'{self.source}: read {self.made.whole:,} examples, {self.rounds:,}'
       f' rounds ended; {fit.cut:,} cut, {fit.dropped:,} dropped as too'
       f' long, {fit.split:,} texts split, {self.duplicates:,} left out as held'
-      ' out'
+      f' out{self._reader.unread()}'
     )

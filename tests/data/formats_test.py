@@ -39,7 +39,7 @@ def test_a_prompt_of_turns_is_given_whole():
   assert [m.trained for m in messages] == [False] * 4 + [True]
 
 
-@pytest.mark.parametrize('name', ['prompt/completion', 'alpaca', 'sharegpt'])
+@pytest.mark.parametrize('name', ROWS)
 def test_a_system_column_comes_first(name):
   messages = read_row(ROWS[name] | {'system': 'be brief'}, name).messages
   assert messages[0] == Message('system', 'be brief')
