@@ -104,7 +104,8 @@ def columns_read(row_format: str) -> frozenset[str]:
 
 def _refuse_unread(row: Mapping[str, Any], row_format: str) -> None:
   """Refuses what would turn the meaning of a row around if it is left out."""
-  if row_format == 'prompt/completion' and row.get('label') is False:
+  avoid = str(row.get('label')).lower() == 'false'
+  if row_format == 'prompt/completion' and avoid:
     raise ValueError(
       "'label' is False, so the completion is one to avoid, and jlora learns"
       ' every completion; leave such rows out'

@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -196,10 +197,17 @@ class StreamLoader:
       futures.wait([ahead[1]])  # it moves the sources
     made = ahead is not None and ahead[0] == place
     self._block = ahead[1].result() if made else self._make(place)
+    if place.block:  # of the first, the report tells
+      self._warn_of_lost()
     if self._block.after not in self._places:
       bisect.insort(
         self._places, self._block.after, key=lambda known: known.step
       )
+
+  def _warn_of_lost(self) -> None:
+    """Warns of what a block lost, once nothing reads the sources."""
+    for said in filter(None, [stream.lost() for stream in self._streams]):
+      warnings.warn(said, stacklevel=2)
 
   def _make(self, place: Place) -> _Block:
     """Takes, shuffles and packs the examples of a block."""

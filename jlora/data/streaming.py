@@ -68,7 +68,7 @@ def prepare_stream(
       eval_, 'eval', eval_examples, columns_of(eval_, columns)
     )
     notes.append(note)
-  held_out = recipe.make_all(held)
+  held_out = recipe.make_all(held, eval_ or 'what is held out')
   prompts = frozenset(conversation.prompt_key() for conversation in held)
   streams = [
     SourceStream(
@@ -108,7 +108,7 @@ def _prepared(
   for stream in streams:
     stream.check_seen()
   made = sum((stream.made for stream in streams), Made())
-  recipe.require_kept(made)
+  recipe.require_kept(made, ', '.join(stream.source for stream in streams))
   notes.append(
     f'the counts are of the first {len(examples):,} examples, which are'
     ' shuffled together (data.shuffle_buffer);'
@@ -116,6 +116,7 @@ def _prepared(
     ' is held out are left out'
   )
   notes += [stream.line() for stream in streams]
+  notes += filter(None, [stream.lost() for stream in streams])
   report = count(
     examples,
     [made, held_out],

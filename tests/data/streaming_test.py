@@ -82,7 +82,9 @@ def test_shares_are_said(prepare, write):
 def test_too_much_lost_in_the_first_block_is_refused(prepare, write):
   held = write(*rows(*'abc'), name='held.jsonl')
   long = json.dumps({'prompt': 'd', 'completion': 'the answer ' * 30})
-  with pytest.raises(DataError, match=r'8 of 8 examples lose .*\(8 cut, 0'):
+  with pytest.raises(
+    DataError, match=r'data\.jsonl: 8 of 8 examples lose .*\(8 cut, 0'
+  ):
     prepare(write(long), held, max_length=40)
 
 
@@ -103,3 +105,12 @@ def test_a_column_that_no_row_of_the_first_block_has_is_refused(prepare, write):
   names = {'prompt': 'prompt', 'completion': 'completion', 'system': 'sytem'}
   with pytest.raises(DataError, match=r"has the column 'sytem'"):
     prepare(write(*rows(*'abcdefg')), columns=tuple(names.items()))
+
+
+def test_what_later_blocks_lose_is_warned_of(prepare, write):
+  held = write(*rows(*'abc'), name='held.jsonl')
+  long = json.dumps({'prompt': 'd', 'completion': 'the answer ' * 30})
+  path = write(*rows(*'efghijkl'), *[long] * 8)
+  data = prepare(path, held, max_length=40)
+  with pytest.warns(UserWarning, match=r'8 of 8 examples of a block \(100%\)'):
+    [data.order.batch(step) for step in range(6)]
