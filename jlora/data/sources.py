@@ -80,13 +80,28 @@ def files_of(source: str, split: str) -> list[str]:
   """
   kind = _kind(source)
   if kind == 'folder':
-    folder = _folder(source)
-    named = source.removeprefix(folder).removeprefix(':')
-    if not named:
-      has_valid = split == 'eval' and folders.has_split(folder, 'valid')
-      named = 'valid' if has_valid else 'train'
-    return folders.split_files(folder, named)
+    return folders.split_files(*_split_of(source, split))
   return [source] if kind == 'file' else []
+
+
+def _split_of(source: str, split: str) -> tuple[str, str]:
+  """Returns a folder, and which split of it is meant."""
+  folder = _folder(source)
+  named = source.removeprefix(folder).removeprefix(':')
+  has_valid = split == 'eval' and folders.has_split(folder, 'valid')
+  return folder, named or ('valid' if has_valid else 'train')
+
+
+def folder_note(source: str, split: str) -> str:
+  """Says, of a folder, which files are read and which are not; else ''.
+
+  Args:
+    source: As in `check_source`.
+    split: Likewise.
+  """
+  if _kind(source) != 'folder':
+    return ''
+  return '; ' + folders.split_note(*_split_of(source, split))
 
 
 def held_out_source(source: str) -> str | None:
@@ -178,4 +193,4 @@ def load_conversations(
   if split == 'eval' or not stream:  # else later rows are still to be read
     reader.check_seen()
   said = f'{source}: {len(rows)} rows read as {reader.format!r}'
-  return rows, said + reader.unread()
+  return rows, said + reader.unread() + folder_note(source, split)

@@ -9,7 +9,12 @@ from jlora.data.mixing import Sources, portion, shares
 from jlora.data.prepare import Prepared, count, judges
 from jlora.data.recipe import Made, Recipe
 from jlora.data.rows import Columns, columns_of
-from jlora.data.sources import held_out_source, is_task, load_conversations
+from jlora.data.sources import (
+  folder_note,
+  held_out_source,
+  is_task,
+  load_conversations,
+)
 from jlora.data.stream_loader import StreamLoader
 from jlora.data.streams import SourceStream
 from jlora.data.templates import notes_on
@@ -62,7 +67,10 @@ def prepare_stream(
     )
     held += rows
     skips.append(skip)
-    notes.append(f'{source}: streamed, {share:.1%} of the examples; {note}')
+    notes.append(
+      f'{source}: streamed, {share:.1%} of the examples; {note}'
+      f'{folder_note(source, "train")}'
+    )
   if eval_ is not None:
     held, note = _first(
       eval_, 'eval', eval_examples, columns_of(eval_, columns)
