@@ -10,6 +10,18 @@ from jlora.data.rows import Columns, RowReader
 from jlora.errors import DataError
 
 _TASK = 'reasoning_gym:'
+# Endings of files that are not read, and of no dataset on the hub.
+_PACKED = (
+  '.arrow',
+  '.bz2',
+  '.gz',
+  '.tar',
+  '.tgz',
+  '.xlsx',
+  '.xz',
+  '.zip',
+  '.zst',
+)
 
 
 def check_source(
@@ -56,11 +68,24 @@ def _kind(source: str) -> str:
       ' one of them, or unpack it'
     )
   if hub.is_hub_id(source):
+    _require_no_path(source)
     return 'hub'
   raise DataError(
     f'data source {source!r} is none of reasoning_gym:TASK, a data file'
     f' ({kinds}), an existing folder and the owner/name of a dataset on the hub'
   )
+
+
+def _require_no_path(source: str) -> None:
+  """Refuses what has the form of a hub id, but looks like a path."""
+  owner, _, name = source.partition(':')[0].partition('/')
+  suffix = os.path.splitext(name)[1].lower()
+  if owner in ('.', '..') or os.path.isdir(owner) or suffix in _PACKED:
+    raise DataError(
+      f'data source {source!r}: no such folder here, nor a data file; check the'
+      ' path (a dataset on the hub of that name is read from a working folder'
+      f' without {owner!r})'
+    )
 
 
 def _folder(source: str) -> str:

@@ -127,3 +127,13 @@ def test_a_limited_read_finds_a_column_that_no_row_has(write):
     load_conversations(
       path, split='train', examples=1, columns=tuple(names.items())
     )
+
+
+@pytest.mark.parametrize('source', ['data/trian', './data', 'x/x.jsonl.gz'])
+def test_a_mistyped_path_is_no_dataset_of_the_hub(
+  tmp_path, monkeypatch, source
+):
+  (tmp_path / 'data').mkdir()
+  monkeypatch.chdir(tmp_path / 'data' if source == './data' else tmp_path)
+  with pytest.raises(DataError, match='no such folder here'):
+    check_source(source)
