@@ -20,7 +20,6 @@ from jlora.errors import DataError
 # Where a row stands, for messages, and its fields.
 Row = tuple[str, Mapping[str, Any]]
 
-_BOM = b'\xef\xbb\xbf'
 _PARQUET = b'PAR1'
 _BATCH = 1000  # rows of Parquet that are in memory together
 
@@ -63,7 +62,7 @@ def _check_text(path: str, whole: bool) -> None:
   with open(path, 'rb') as file:
     some = None if whole else lines.SOME
     for number, line in enumerate(itertools.islice(file, some), 1):
-      line = line.removeprefix(_BOM) if number == 1 else line
+      line = line.removeprefix(lines.BOM) if number == 1 else line
       lines.check_line(path, number, line)
       empty = empty and not line.strip()
   if empty:

@@ -1,10 +1,11 @@
 """Rows of a source as conversations, from columns of whatever names."""
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jlora.data.conversations import Conversation
+from jlora.data.files import Row
 from jlora.data.formats import (
   FIELDS,
   REQUIRED,
@@ -84,6 +85,7 @@ class RowReader:
     self._columns = dict(columns)
     self._unseen = set(self._columns.values())
     self._first: list[str] = []
+    self._blank = 0
     self._unread: collections.Counter[str] = collections.Counter()
 
   def read(self, where: str, row: Mapping[str, Any]) -> Conversation:
@@ -120,12 +122,32 @@ class RowReader:
       if column in row
     }
 
+  def filled(self, rows: Iterator[Row]) -> Iterator[Row]:
+    """Yields rows but for those of plain text that is blank; it counts them.
+
+    Args:
+      rows: Where each stands, and its fields.
+    """
+    column = self._columns.get('text', 'text')
+    for where, row in rows:
+      text = row.get(column)
+      if isinstance(text, str) and not text.strip() and self._is_text(row):
+        self._blank += 1
+      else:
+        yield where, row
+
+  def _is_text(self, row: Mapping[str, Any]) -> bool:
+    if self._columns:
+      return 'text' in self._columns and len(self._columns) == 1
+    return (self.format or detect_format(row)) == 'text'
+
   def unread(self) -> str:
-    """Returns which columns were not read, for the end of a line; maybe ''."""
+    """Returns what was not read, for the end of a line; maybe ''."""
     counts = ', '.join(
       f'{name} ({n:,} rows)' for name, n in sorted(self._unread.items())
     )
-    return f'; columns not read: {counts}' if counts else ''
+    blank = f'; {self._blank:,} blank rows left out' if self._blank else ''
+    return blank + (f'; columns not read: {counts}' if counts else '')
 
   def check_seen(self) -> None:
     """Requires, once rows are read, that each named column was there.

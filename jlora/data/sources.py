@@ -211,7 +211,7 @@ def load_conversations(
     rows = list(itertools.islice(drawn, examples))
     return rows, f'{source}: {len(rows)} {split} questions drawn'
   reader = RowReader(source, columns)
-  located = open_rows(source, split=split, stream=stream)
+  located = reader.filled(open_rows(source, split=split, stream=stream))
   rows = [reader.read(*row) for row in itertools.islice(located, examples)]
   if not rows:
     raise DataError(f'{source!r} holds no row; give at least one')

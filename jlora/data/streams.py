@@ -143,7 +143,9 @@ class SourceStream:
       drawn = draw_conversations(self.source, split='train', seed=self._seed)
       yield from itertools.islice(drawn, start, self._stop)
       return
-    rows = open_rows(self.source, split='train', stream=True)
+    rows = self._reader.filled(
+      open_rows(self.source, split='train', stream=True)
+    )
     count = 0
     for i, row in enumerate(itertools.islice(rows, self._stop)):
       count += 1

@@ -107,7 +107,13 @@ def make_fields(value: Any) -> tuple[tuple[str, Any], ...]:
   Raises:
     ConfigError: It is something else, or names what jlora itself gives.
   """
-  pairs = as_pairs(value, 'data.template')
+  try:
+    pairs = as_pairs(value, 'data.template')
+  except ConfigError as error:
+    raise ConfigError(
+      f'data.template is {value!r}; it takes a dict of fields that the chat'
+      " template reads, such as {'enable_thinking': False}"
+    ) from error
   for name, _ in pairs:
     if not name.isidentifier() or name in _OWN:
       raise ConfigError(

@@ -65,7 +65,8 @@ def read_turn(turn: Any) -> Message:
   speaks = not (role == 'tool' or apart & fields.keys())
   content = text_in(fields, 'content') if speaks else _maybe_text(fields)
   fields.pop('content', None)
-  return Message(role, content, role == 'assistant' and weight != 0, fields)
+  trained = role == 'assistant' and weight != 0
+  return Message(role, content, trained, fields, muted=weight == 0)
 
 
 def _maybe_text(fields: Mapping[str, Any]) -> str:

@@ -137,3 +137,11 @@ def test_a_mistyped_path_is_no_dataset_of_the_hub(
   monkeypatch.chdir(tmp_path / 'data' if source == './data' else tmp_path)
   with pytest.raises(DataError, match='no such folder here'):
     check_source(source)
+
+
+def test_blank_texts_are_left_out_and_counted(write):
+  texts = ('', 'a', '  ', 'b')
+  path = write(*(json.dumps({'text': text}) for text in texts))
+  rows, note = load_conversations(path, split='train', examples=None)
+  assert [row.reference for row in rows] == ['a', 'b']
+  assert note.endswith("2 rows read as 'text'; 2 blank rows left out")

@@ -387,6 +387,7 @@ def test_a_template_that_writes_the_date_is_said():
     ({'tools': []}, "data.template sets 'tools'"),
     ({'a b': 1}, "data.template sets 'a b'"),
     (3, 'data.template is 3'),
+    ('abc', "is 'abc'; it takes a dict of fields"),
   ],
 )
 def test_wrong_fields_of_a_template_are_refused(value, message):
