@@ -143,6 +143,16 @@ class StreamLoader:
     self._load(self._places[0])
     return self._block.examples
 
+  def filled(self) -> tuple[float, float]:
+    """Returns the rows a step of the block at hand, and their filled places.
+
+    These are a share of all places of a batch, of empty rows too.
+    """
+    batches = self._block.batches
+    rows = sum(map(len, batches)) / len(batches)
+    places = len(batches) * self.batch_size * self.max_length
+    return rows, sum(e.places for e in self._block.examples) / places
+
   def state(self, step: int) -> dict[str, Any]:
     """Returns what `seek` needs to go on with a step, as JSON values.
 

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora.data.conversations import Conversation
-from jlora.data.loader import packing_efficiency
 from jlora.data.mixing import Sources, portion, shares
 from jlora.data.prepare import Prepared, count, judges
 from jlora.data.recipe import Made, Recipe
@@ -99,7 +98,7 @@ def prepare_stream(
     pack=pack,
     seed=seed,
   )
-  return _prepared(loader, streams, recipe, held, held_out, pack, notes)
+  return _prepared(loader, streams, recipe, held, held_out, notes)
 
 
 def _prepared(
@@ -108,7 +107,6 @@ def _prepared(
   recipe: Recipe,
   held: Sequence[Conversation],
   held_out: Made,
-  pack: bool,
   notes: list[str],
 ) -> Prepared:
   """Reads the first block, and counts what it took."""
@@ -123,12 +121,17 @@ def _prepared(
     f' {sum(stream.duplicates for stream in streams):,} rows with a prompt that'
     ' is held out are left out'
   )
+  rows, filled = loader.filled()
+  notes.append(
+    f'{rows:.1f} of {loader.batch_size} rows a step hold examples; a larger'
+    ' data.shuffle_buffer fills more of them'
+  )
   notes += [stream.line() for stream in streams]
   notes += filter(None, [stream.lost() for stream in streams])
   report = count(
     examples,
     [made, held_out],
-    packing_efficiency(examples, max_length=recipe.max_length, pack=pack),
+    filled,
     tuple(notes),
     eval_examples=len(held),
     duplicates=0,

@@ -114,3 +114,10 @@ def test_what_later_blocks_lose_is_warned_of(prepare, write):
   data = prepare(path, held, max_length=40)
   with pytest.warns(UserWarning, match=r'8 of 8 examples of a block \(100%\)'):
     [data.order.batch(step) for step in range(6)]
+
+
+def test_empty_rows_of_a_batch_count_as_not_filled(prepare, write):
+  data = prepare(write(*rows(*'abcdefg')), batch_size=3, pack=False)
+  assert any(n.startswith('2.7 of 3 rows a step') for n in data.report.notes)
+  places = sum(e.places for e in data.train)
+  assert data.report.packing_efficiency == places / (3 * 3 * 99)
