@@ -25,7 +25,11 @@ _PACKED = (
 
 
 def check_source(
-  source: str, *, split: str = 'train', whole: bool = True
+  source: str,
+  *,
+  split: str = 'train',
+  whole: bool = True,
+  columns: Columns = (),
 ) -> None:
   """Finds what is wrong with a source before anything is loaded.
 
@@ -36,16 +40,20 @@ def check_source(
     split: 'train' or 'eval': which of a folder's files are meant where the
       source does not say.
     whole: Whether files are looked at to their end; else their beginning.
+    columns: Pairs of a field and the column that holds it.
 
   Raises:
-    DataError: The task or file does not exist, a file is damaged, or it is
-      none of these.
+    DataError: The task or file does not exist, a file is damaged, its first
+      row is malformed, or it is none of these.
   """
   kind = _kind(source)
   if kind == 'task':
     tasks.check_task(source.removeprefix(_TASK))
   for path in files_of(source, split):
     files.check_file(path, whole=whole)
+    reader = RowReader(source, columns)
+    for row in itertools.islice(reader.filled(files.read_file(path)), 1):
+      reader.read(*row)
 
 
 def is_task(source: str) -> bool:

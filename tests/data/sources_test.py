@@ -145,3 +145,11 @@ def test_blank_texts_are_left_out_and_counted(write):
   rows, note = load_conversations(path, split='train', examples=None)
   assert [row.reference for row in rows] == ['a', 'b']
   assert note.endswith("2 rows read as 'text'; 2 blank rows left out")
+
+
+def test_the_first_row_is_read_when_a_source_is_checked(write):
+  path = write('{"question": "a", "answer": "b"}')
+  with pytest.raises(DataError, match='fit no known format'):
+    check_source(path)
+  columns = {'prompt': 'question', 'completion': 'answer'}
+  check_source(path, columns=tuple(columns.items()))
