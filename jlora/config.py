@@ -16,6 +16,7 @@ from ml_collections import config_dict
 from jlora.checkpoints.bases import DEFAULT_BASE, check_base
 from jlora.core.lora import LoraSpec
 from jlora.core.quantization import QuantSpec
+from jlora.data.rows import columns_of
 from jlora.data.sources import check_source, held_out_source, is_task
 from jlora.errors import ConfigError
 from jlora.training.optimizers import OptimSpec
@@ -227,7 +228,11 @@ def check_sources(spec: RunSpec) -> None:
   check_base(spec.base)
   endless = spec.data.train_examples is None and not spec.data.stream
   for source, _ in spec.data.sources:
-    check_source(source, whole=not spec.data.stream)
+    check_source(
+      source,
+      whole=not spec.data.stream,
+      columns=columns_of(source, spec.data.columns),
+    )
     if is_task(source) and endless:
       raise ConfigError(
         f'data.train {source!r} has no end; set data.train_examples, such as'
@@ -235,9 +240,18 @@ def check_sources(spec: RunSpec) -> None:
       )
     own = held_out_source(source) if spec.data.eval is None else None
     if own is not None:
-      check_source(own, whole=not spec.data.stream)
+      check_source(
+        own,
+        whole=not spec.data.stream,
+        columns=columns_of(source, spec.data.columns),
+      )
   if spec.data.eval is not None:
-    check_source(spec.data.eval, split='eval', whole=not spec.data.stream)
+    check_source(
+      spec.data.eval,
+      split='eval',
+      whole=not spec.data.stream,
+      columns=columns_of(spec.data.eval, spec.data.columns),
+    )
 
 
 def from_json(text: str) -> RunSpec:

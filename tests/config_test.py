@@ -178,7 +178,7 @@ def test_what_cannot_be_is_refused_with_its_value(sections, message):
 
 def test_every_source_is_checked(tmp_path):
   there = tmp_path / 'a.jsonl'
-  there.write_text('{}')
+  there.write_text('{"text": "a"}')
   spec = resolve(data={'train': [str(there), 'no.csv']})
   with pytest.raises(DataError, match=r"'no\.csv' does not exist"):
     config.check_sources(spec)
@@ -189,10 +189,10 @@ def test_every_source_is_checked(tmp_path):
 
 def test_valid_files_of_a_folder_are_checked(tmp_path):
   for name in ('train', 'valid'):
-    (tmp_path / f'{name}.jsonl').write_text('{}\n')
+    (tmp_path / f'{name}.jsonl').write_text('{"text": "a"}\n')
   spec = resolve(data={'train': str(tmp_path)})
   config.check_sources(spec)
-  (tmp_path / 'valid.jsonl').write_bytes(b'{}\n\xe9')
+  (tmp_path / 'valid.jsonl').write_bytes(b'{"text": "a"}\n\xe9')
   with pytest.raises(DataError, match=r'valid\.jsonl:2: byte 0xe9'):
     config.check_sources(spec)
 

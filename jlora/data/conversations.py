@@ -16,12 +16,14 @@ class Message:
     trained: Whether the model learns to say it.
     more: What else a chat template may read of it: `tool_calls`,
       `reasoning_content`, `name` and the like.
+    muted: Whether its `weight` is 0.
   """
 
   role: str
   content: str
   trained: bool = False
   more: Mapping[str, Any] = dataclasses.field(default_factory=dict, hash=False)
+  muted: bool = False
 
   def fields(self) -> dict[str, Any]:
     """Returns the turn as a chat template reads it."""

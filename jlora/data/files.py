@@ -1,8 +1,8 @@
 """Rows of data files: JSON lines, JSON, Parquet, CSV, TSV and plain text.
 
 Text is taken as it is written. The readers of `datasets` guess types: an
-answer such as 2020-01-01 would become a timestamp, and 007 a 7. So it reads
-only what has types of its own, Parquet; the others are read by the standard
+answer such as 2020-01-01 would become a timestamp, and 007 a 7. So Parquet,
+which has types of its own, is read by pyarrow, and the others by the standard
 library, which also knows the line.
 """
 
@@ -20,8 +20,8 @@ from jlora.errors import DataError
 # Where a row stands, for messages, and its fields.
 Row = tuple[str, Mapping[str, Any]]
 
-_BOM = b'\xef\xbb\xbf'
 _PARQUET = b'PAR1'
+_BATCH = 1000  # rows of Parquet that are in memory together
 
 
 def is_data_file(path: str) -> bool:
@@ -62,7 +62,7 @@ def _check_text(path: str, whole: bool) -> None:
   with open(path, 'rb') as file:
     some = None if whole else lines.SOME
     for number, line in enumerate(itertools.islice(file, some), 1):
-      line = line.removeprefix(_BOM) if number == 1 else line
+      line = line.removeprefix(lines.BOM) if number == 1 else line
       lines.check_line(path, number, line)
       empty = empty and not line.strip()
   if empty:
@@ -96,6 +96,11 @@ def read_file(path: str) -> Iterator[Row]:
     yield from READERS[_suffix(path)](path)
   except OSError as error:
     raise DataError(f'data file {path!r} cannot be read: {error}') from error
+  except UnicodeDecodeError as error:
+    raise DataError(
+      f'{path}: byte {error.object[error.start]:#04x} is not UTF-8; save the'
+      ' file as UTF-8'
+    ) from error
 
 
 def _read_json(path: str) -> Iterator[Row]:
@@ -113,6 +118,8 @@ def _read_json(path: str) -> Iterator[Row]:
     ) from error
   except RecursionError as error:
     raise DataError(f'{path}: the JSON is nested too deeply') from error
+  except ValueError as error:  # a number of thousands of digits
+    raise DataError(f'{path}: {lines.first_line(error)}') from error
   for i, row in enumerate(_list_in(path, content)):
     if not isinstance(row, dict):
       raise DataError(f'{path}: row {i} is {row!r:.60}, not an object')
@@ -134,16 +141,20 @@ def _list_in(path: str, content: Any) -> list[Any]:
 
 
 def _read_parquet(path: str) -> Iterator[Row]:
-  import datasets
   import pyarrow
+  import pyarrow.parquet
 
   try:
-    rows = datasets.load_dataset(
-      'parquet', data_files=_escaped(path), split='train', streaming=True
-    )
-    for i, row in enumerate(rows):
-      yield f'{path}: row {i}', without_none(row)
-  except (pyarrow.ArrowException, datasets.exceptions.DatasetsError) as error:
+    with pyarrow.parquet.ParquetFile(path) as file:
+      batches = file.iter_batches(batch_size=_BATCH)
+      rows = (
+        row
+        for batch in batches
+        for row in batch.to_pylist(maps_as_pydicts='strict')
+      )
+      for i, row in enumerate(rows):
+        yield f'{path}: row {i}', without_none(row)
+  except (pyarrow.ArrowException, KeyError, ValueError) as error:
     raise DataError(
       f'data file {path!r} cannot be read as Parquet:'
       f' {lines.first_line(error)}; write it again'
@@ -163,11 +174,6 @@ def without_none(value: Any) -> Any:
   if isinstance(value, list):
     return [without_none(v) for v in value]
   return value
-
-
-def _escaped(path: str) -> str:
-  """Returns an absolute path for `datasets`, which reads patterns."""
-  return ''.join(f'[{c}]' if c in '*?[' else c for c in os.path.abspath(path))
 
 
 def _read_csv(path: str) -> Iterator[Row]:

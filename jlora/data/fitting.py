@@ -75,7 +75,13 @@ def fit(
 
 
 def require_kept(
-  counts: Fit, examples: int, *, max_lost: float, max_length: int, longest: int
+  counts: Fit,
+  examples: int,
+  *,
+  max_lost: float,
+  max_length: int,
+  longest: int,
+  source: str = '',
 ) -> None:
   """Requires that examples did not lose too much.
 
@@ -86,6 +92,7 @@ def require_kept(
       them must be left.
     max_length: Places in a row.
     longest: Places of the longest.
+    source: What they are of, for the message.
 
   Raises:
     DataError: They did.
@@ -93,8 +100,9 @@ def require_kept(
   lost = counts.cut + counts.dropped
   if counts.dropped == examples or lost > max_lost * examples:
     raise DataError(
-      f'{lost} of {examples} examples lose their answer or its end at'
-      f' data.max_length={max_length} ({counts.cut} cut, {counts.dropped}'
+      f'{source and source + ": "}{lost} of {examples} examples lose their'
+      f' answer or its end at data.max_length={max_length}'
+      f' ({counts.cut} cut, {counts.dropped}'
       f' dropped, at most {max_lost:.0%} may be); the longest takes {longest}'
       ' places: raise data.max_length, shorten the data, or leave them out with'
       " data.too_long='drop'"

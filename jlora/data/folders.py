@@ -16,22 +16,24 @@ _NAMES = {
   'valid': ('valid', 'validation', 'val', 'dev', 'eval'),
   'test': ('test', 'testing'),
 }
+_SAID = 5  # names of files in a sentence
 _ABOUT = re.compile(r'(readme|license|notice)\b.*', re.IGNORECASE)
 
 
 def split_files(folder: str, split: str) -> list[str]:
   """Returns the data files of a split, sorted.
 
-  Files belong to a split by their name, before a dash, dot or underscore, or
-  by that of the folder they lie in. Where no name is that of any split, all
-  of them are for training.
+  Files belong to a split by a word of their name, words ending at a dash, dot
+  or underscore, or by that of the folder they lie in. Where no name is that of
+  any split, all of them are for training.
 
   Args:
     folder: A folder that exists.
     split: Such as 'train'; 'valid', 'validation', 'val' and 'dev' are one.
 
   Raises:
-    DataError: There is none; the message lists the splits that there are.
+    DataError: There is none, and the message lists the splits that there are;
+      or two of them differ in their suffix only.
   """
   splits = _splits(pathlib.Path(folder))
   wanted = _canonical(split) or split
@@ -41,7 +43,40 @@ def split_files(folder: str, split: str) -> list[str]:
       f'folder {folder!r} has no files of the split {split!r}; it has'
       f' {known or "no data files"}: name one such as {split}.jsonl'
     )
+  _check_suffixes(splits[wanted])
   return splits[wanted]
+
+
+def _check_suffixes(paths: list[str]) -> None:
+  """Refuses files that look like one, written twice."""
+  seen: dict[pathlib.PurePath, str] = {}
+  for path in paths:
+    other = seen.setdefault(pathlib.PurePath(path).with_suffix(''), path)
+    if other != path:
+      raise DataError(
+        f'{other!r} and {path!r} differ in their suffix only, and both would'
+        ' be read; move one of them away, or name the file'
+      )
+
+
+def split_note(folder: str, split: str) -> str:
+  """Says which files of a folder are those of a split, and which are not.
+
+  Args:
+    folder: A folder that exists.
+    split: One that it has.
+  """
+  root = pathlib.Path(folder)
+  chosen = [pathlib.Path(path) for path in split_files(folder, split)]
+  others = [path for path in _found(root) if path not in chosen]
+  said = f'the files of {split!r} are {_names(chosen, root)}'
+  return f'{said}; left out: {_names(others, root)}' if others else said
+
+
+def _names(paths: list[pathlib.Path], root: pathlib.Path) -> str:
+  names = [path.relative_to(root).as_posix() for path in paths]
+  more = f' and {len(names) - _SAID:,} more' if len(names) > _SAID else ''
+  return ', '.join(names[:_SAID]) + more
 
 
 def has_split(folder: str, split: str) -> bool:
@@ -63,7 +98,14 @@ def _splits(folder: pathlib.Path) -> dict[str, list[str]]:
 
 def _data_files(folder: pathlib.Path) -> list[pathlib.Path]:
   """Returns data files; text counts only where there is nothing else."""
-  found = [
+  found = _found(folder)
+  rows = [path for path in found if path.suffix.lower() not in TEXT]
+  return rows or found
+
+
+def _found(folder: pathlib.Path) -> list[pathlib.Path]:
+  """Returns all files that could be read, sorted."""
+  return [
     path
     for path in sorted(folder.rglob('*'))
     if is_data_file(str(path))
@@ -71,15 +113,14 @@ def _data_files(folder: pathlib.Path) -> list[pathlib.Path]:
     and not _ABOUT.fullmatch(path.name)
     and not any(p.startswith('.') for p in path.relative_to(folder).parts)
   ]
-  rows = [path for path in found if path.suffix.lower() not in TEXT]
-  return rows or found
 
 
 def _split_of(path: pathlib.Path) -> str | None:
   """Returns the split that a file's name, or that of its folder, says."""
   for part in (path.name, *reversed(path.parts[:-1])):
-    if split := _canonical(re.split(r'[-._]', part)[0]):
-      return split
+    for word in re.split(r'[-._ ]', part):
+      if split := _canonical(word):
+        return split
   return None
 
 

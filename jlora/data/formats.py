@@ -82,6 +82,7 @@ def read_row(
         f'has no {field!r}, which every row of the format {row_format!r}'
         f' needs; it has {sorted(map(str, row))}'
       )
+  _refuse_unread(row, row_format)
   conversation = read(row)
   if 'system' in optional and row.get('system'):
     conversation = _under(text_in(row, 'system'), conversation)
@@ -89,6 +90,31 @@ def read_row(
     raise ValueError('no turn is trained; every weight is 0')
   tools = read_tools(row.get('tools')) if 'tools' in optional else ()
   return dataclasses.replace(conversation, tools=tools, where=where)
+
+
+def columns_read(row_format: str) -> frozenset[str]:
+  """Returns the columns that rows of a format are read from.
+
+  Args:
+    row_format: As `detect_format` names it.
+  """
+  fields, optional, _ = _FORMATS[row_format]
+  return frozenset((*fields, *optional))
+
+
+def _refuse_unread(row: Mapping[str, Any], row_format: str) -> None:
+  """Refuses what would turn the meaning of a row around if it is left out."""
+  avoid = str(row.get('label')).lower() == 'false'
+  if row_format == 'prompt/completion' and avoid:
+    raise ValueError(
+      "'label' is False, so the completion is one to avoid, and jlora learns"
+      ' every completion; leave such rows out'
+    )
+  if row_format == 'alpaca' and row.get('history'):
+    raise ValueError(
+      f"'history' is {short(row['history'])}, earlier turns, which rows of"
+      " instruction and output do not have here; write the row as 'messages'"
+    )
 
 
 def _under(system: str, conversation: Conversation) -> Conversation:
@@ -124,7 +150,7 @@ def _as_turn(turn: Any) -> Any:
 def _as_calls(said: Any) -> list[Any]:
   try:
     calls = json.loads(said)
-  except (TypeError, json.JSONDecodeError, RecursionError) as error:
+  except (TypeError, ValueError, RecursionError) as error:
     raise ValueError(f"'function_call' is {short(said)}, not JSON") from error
   return calls if isinstance(calls, list) else [calls]
 
@@ -159,7 +185,7 @@ _FORMATS: dict[
 ] = {
   'messages': (
     ('messages',),
-    ('tools',),
+    ('system', 'tools'),
     lambda row: _read_chat(row, 'messages'),
   ),
   'sharegpt': (

@@ -39,11 +39,11 @@ def read_hub(source: str, *, stream: bool = False) -> Iterator[Row]:
     rows = datasets.load_dataset(
       name, config, split=split or 'train', streaming=stream
     )
-  except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
+    for i, row in enumerate(rows):
+      yield f'{source}: row {i}', without_none(row)
+  except Exception as error:  # of whichever client fetches it
     raise DataError(
       f'dataset {source!r} cannot be loaded: {first_line(error)}; check its'
       ' name and split (owner/name:split, owner/name:config:split), and the'
       ' connection'
     ) from error
-  for i, row in enumerate(rows):
-    yield f'{source}: row {i}', without_none(row)

@@ -7,6 +7,7 @@ from typing import Any
 
 from jlora.errors import DataError
 
+BOM = b'\xef\xbb\xbf'  # may begin a file, as some editors have it
 MAX_LINE = 16 << 20  # bytes; a longer line is no row but a broken file
 SOME = 1000  # lines that are looked at where a file may be very large
 
@@ -19,8 +20,8 @@ def check_lines(path: str, *, whole: bool = True) -> None:
     whole: Whether to look at all of them; else at the first.
 
   Raises:
-    DataError: It is empty, not UTF-8, starts with a byte-order mark, or has a
-      line above 16 MiB; the message holds file and line.
+    DataError: It is empty, not UTF-8, or has a line above 16 MiB;
+      the message holds file and line.
   """
   empty = True
   some = None if whole else SOME
@@ -50,7 +51,8 @@ def read_lines(path: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
 def _raw_lines(path: str) -> Iterator[tuple[int, bytes]]:
   with open(path, 'rb') as file:
     lines = iter(lambda: file.readline(MAX_LINE + 1), b'')
-    yield from enumerate(lines, 1)
+    for number, line in enumerate(lines, 1):
+      yield number, line.removeprefix(BOM) if number == 1 else line
 
 
 def _check_row(path: str, number: int, line: bytes) -> None:
@@ -97,6 +99,8 @@ def _parse(where: str, line: str) -> Mapping[str, Any]:
     ) from error
   except RecursionError as error:
     raise DataError(f'{where}: the JSON is nested too deeply') from error
+  except ValueError as error:  # a number of thousands of digits
+    raise DataError(f'{where}: {first_line(error)}') from error
   if not isinstance(row, dict):
     raise DataError(
       f'{where}: the line is a JSON {type(row).__name__}, not an object'

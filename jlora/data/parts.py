@@ -69,6 +69,13 @@ def load_parts(
     )
     for (source, _), share in zip(sources, shares(sources), strict=True)
   ]
+  total = sum(len(part.trained) for part in parts)
+  if train_examples is not None and total < train_examples:
+    parts[-1].notes.append(
+      f'{total:,} examples to train on, not data.train_examples='
+      f'{train_examples:,}: each source gives its share of these, and some have'
+      ' less; weights in data.train change the shares'
+    )
   if eval_ is not None:
     held, note = _load_held_out(
       eval_, eval_examples, seed, columns_of(eval_, columns)

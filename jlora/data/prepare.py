@@ -95,8 +95,8 @@ def prepare(
       f'all {duplicates} held-out examples of {eval or train!r} occur in'
       ' training; name another source in data.eval'
     )
-  made = [recipe.make_all(part.trained) for part in parts]
-  held_out = recipe.make_all(kept)
+  made = [recipe.make_all(part.trained, part.source) for part in parts]
+  held_out = recipe.make_all(kept, eval or 'what is held out')
   mixture = Mixture(
     tuple(len(each.examples) for each in made),
     tuple(weight for _, weight in sources),

@@ -108,11 +108,14 @@ class Recipe:
       where=conversation.where,
     )
 
-  def make_all(self, conversations: Iterable[Conversation]) -> Made:
+  def make_all(
+    self, conversations: Iterable[Conversation], source: str = ''
+  ) -> Made:
     """Returns examples in the order of their conversations.
 
     Args:
       conversations: At least one.
+      source: What they are of, for messages.
 
     Raises:
       DataError: As `make` does, or nothing is left of them, or too much of
@@ -120,15 +123,16 @@ class Recipe:
     """
     made = [self.make(conversation) for conversation in conversations]
     counts = sum((dataclasses.replace(m, examples=[]) for m in made), Made())
-    self.require_kept(counts)
+    self.require_kept(counts, source)
     examples = [example for each in made for example in each.examples]
     return dataclasses.replace(counts, examples=examples)
 
-  def require_kept(self, made: Made) -> None:
+  def require_kept(self, made: Made, source: str = '') -> None:
     """Requires that examples did not lose too much.
 
     Args:
       made: The examples.
+      source: What they are of, for the message.
 
     Raises:
       DataError: They did.
@@ -139,6 +143,7 @@ class Recipe:
       max_lost=self.max_lost if self.too_long == 'cut' else 1.0,
       max_length=self.max_length,
       longest=made.longest,
+      source=source,
     )
 
   def prepared(self, conversation: Conversation) -> tuple[Conversation, int]:

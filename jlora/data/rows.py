@@ -1,10 +1,18 @@
 """Rows of a source as conversations, from columns of whatever names."""
 
-from collections.abc import Mapping, Sequence
+import collections
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from jlora.data.conversations import Conversation
-from jlora.data.formats import FIELDS, REQUIRED, detect_format, read_row
+from jlora.data.files import Row
+from jlora.data.formats import (
+  FIELDS,
+  REQUIRED,
+  columns_read,
+  detect_format,
+  read_row,
+)
 from jlora.errors import ConfigError, DataError
 
 # Pairs of a field known here and the column that holds it.
@@ -77,6 +85,8 @@ class RowReader:
     self._columns = dict(columns)
     self._unseen = set(self._columns.values())
     self._first: list[str] = []
+    self._blank = 0
+    self._unread: collections.Counter[str] = collections.Counter()
 
   def read(self, where: str, row: Mapping[str, Any]) -> Conversation:
     """Returns a row as a conversation.
@@ -92,6 +102,7 @@ class RowReader:
       row = self._renamed(where, row)
     try:
       self.format = self.format or detect_format(row)
+      self._unread.update(row.keys() - columns_read(self.format))
       return read_row(row, self.format, where)
     except ValueError as error:
       raise DataError(f'{where}: {error}') from error
@@ -111,16 +122,44 @@ class RowReader:
       if column in row
     }
 
+  def filled(self, rows: Iterator[Row]) -> Iterator[Row]:
+    """Yields rows but for those of plain text that is blank; it counts them.
+
+    Args:
+      rows: Where each stands, and its fields.
+    """
+    column = self._columns.get('text', 'text')
+    for where, row in rows:
+      text = row.get(column)
+      if isinstance(text, str) and not text.strip() and self._is_text(row):
+        self._blank += 1
+      else:
+        yield where, row
+
+  def _is_text(self, row: Mapping[str, Any]) -> bool:
+    if self._columns:
+      return 'text' in self._columns and len(self._columns) == 1
+    return (self.format or detect_format(row)) == 'text'
+
+  def unread(self) -> str:
+    """Returns what was not read, for the end of a line; maybe ''."""
+    counts = ', '.join(
+      f'{name} ({n:,} rows)' for name, n in sorted(self._unread.items())
+    )
+    blank = f'; {self._blank:,} blank rows left out' if self._blank else ''
+    return blank + (f'; columns not read: {counts}' if counts else '')
+
   def check_seen(self) -> None:
-    """Requires, once all rows are read, that each named column was there.
+    """Requires, once rows are read, that each named column was there.
 
     Raises:
       DataError: No row had one.
     """
     if self._unseen and self._first:
       raise DataError(
-        f'{self._source}: no row has the column {min(self._unseen)!r}, which'
-        f' data.columns names; the first has {self._first}'
+        f'{self._source}: no row that was read has the column'
+        f' {min(self._unseen)!r}, which data.columns names; the first has'
+        f' {self._first}'
       )
 
 

@@ -10,10 +10,26 @@ from jlora.data.rows import Columns, RowReader
 from jlora.errors import DataError
 
 _TASK = 'reasoning_gym:'
+# Endings of files that are not read, and of no dataset on the hub.
+_PACKED = (
+  '.arrow',
+  '.bz2',
+  '.gz',
+  '.tar',
+  '.tgz',
+  '.xlsx',
+  '.xz',
+  '.zip',
+  '.zst',
+)
 
 
 def check_source(
-  source: str, *, split: str = 'train', whole: bool = True
+  source: str,
+  *,
+  split: str = 'train',
+  whole: bool = True,
+  columns: Columns = (),
 ) -> None:
   """Finds what is wrong with a source before anything is loaded.
 
@@ -24,16 +40,20 @@ def check_source(
     split: 'train' or 'eval': which of a folder's files are meant where the
       source does not say.
     whole: Whether files are looked at to their end; else their beginning.
+    columns: Pairs of a field and the column that holds it.
 
   Raises:
-    DataError: The task or file does not exist, a file is damaged, or it is
-      none of these.
+    DataError: The task or file does not exist, a file is damaged, its first
+      row is malformed, or it is none of these.
   """
   kind = _kind(source)
   if kind == 'task':
     tasks.check_task(source.removeprefix(_TASK))
   for path in files_of(source, split):
     files.check_file(path, whole=whole)
+    reader = RowReader(source, columns)
+    for row in itertools.islice(reader.filled(files.read_file(path)), 1):
+      reader.read(*row)
 
 
 def is_task(source: str) -> bool:
@@ -56,11 +76,24 @@ def _kind(source: str) -> str:
       ' one of them, or unpack it'
     )
   if hub.is_hub_id(source):
+    _require_no_path(source)
     return 'hub'
   raise DataError(
     f'data source {source!r} is none of reasoning_gym:TASK, a data file'
     f' ({kinds}), an existing folder and the owner/name of a dataset on the hub'
   )
+
+
+def _require_no_path(source: str) -> None:
+  """Refuses what has the form of a hub id, but looks like a path."""
+  owner, _, name = source.partition(':')[0].partition('/')
+  suffix = os.path.splitext(name)[1].lower()
+  if owner in ('.', '..') or os.path.isdir(owner) or suffix in _PACKED:
+    raise DataError(
+      f'data source {source!r}: no such folder here, nor a data file; check the'
+      ' path (a dataset on the hub of that name is read from a working folder'
+      f' without {owner!r})'
+    )
 
 
 def _folder(source: str) -> str:
@@ -80,13 +113,28 @@ def files_of(source: str, split: str) -> list[str]:
   """
   kind = _kind(source)
   if kind == 'folder':
-    folder = _folder(source)
-    named = source.removeprefix(folder).removeprefix(':')
-    if not named:
-      has_valid = split == 'eval' and folders.has_split(folder, 'valid')
-      named = 'valid' if has_valid else 'train'
-    return folders.split_files(folder, named)
+    return folders.split_files(*_split_of(source, split))
   return [source] if kind == 'file' else []
+
+
+def _split_of(source: str, split: str) -> tuple[str, str]:
+  """Returns a folder, and which split of it is meant."""
+  folder = _folder(source)
+  named = source.removeprefix(folder).removeprefix(':')
+  has_valid = split == 'eval' and folders.has_split(folder, 'valid')
+  return folder, named or ('valid' if has_valid else 'train')
+
+
+def folder_note(source: str, split: str) -> str:
+  """Says, of a folder, which files are read and which are not; else ''.
+
+  Args:
+    source: As in `check_source`.
+    split: Likewise.
+  """
+  if _kind(source) != 'folder':
+    return ''
+  return '; ' + folders.split_note(*_split_of(source, split))
 
 
 def held_out_source(source: str) -> str | None:
@@ -143,6 +191,7 @@ def load_conversations(
   examples: int | None,
   seed: int = 0,
   columns: Columns = (),
+  stream: bool = False,
 ) -> tuple[list[Conversation], str]:
   """Reads a source.
 
@@ -153,6 +202,7 @@ def load_conversations(
       a task does not have.
     seed: Which stream of a task's training questions.
     columns: Pairs of a field and the column that holds it.
+    stream: Whether a dataset of the hub is fetched only as far as it is read.
 
   Returns:
     The conversations, and a line that says what was read.
@@ -169,10 +219,11 @@ def load_conversations(
     rows = list(itertools.islice(drawn, examples))
     return rows, f'{source}: {len(rows)} {split} questions drawn'
   reader = RowReader(source, columns)
-  located = open_rows(source, split=split)
+  located = reader.filled(open_rows(source, split=split, stream=stream))
   rows = [reader.read(*row) for row in itertools.islice(located, examples)]
   if not rows:
     raise DataError(f'{source!r} holds no row; give at least one')
-  if examples is None:
+  if split == 'eval' or not stream:  # else later rows are still to be read
     reader.check_seen()
-  return rows, f'{source}: {len(rows)} rows read as {reader.format!r}'
+  said = f'{source}: {len(rows)} rows read as {reader.format!r}'
+  return rows, said + reader.unread() + folder_note(source, split)

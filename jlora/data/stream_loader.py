@@ -10,6 +10,7 @@ import bisect
 import dataclasses
 import itertools
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
 from typing import Any
@@ -22,17 +23,6 @@ from jlora.data.packing import make_batch
 from jlora.data.streams import SourceStream
 from jlora.data.tokens import Example
 from jlora.errors import DataError
-
-# What reading and tokenizing may raise; whoever asks for the block gets it.
-_FAULTS = (
-  ArithmeticError,
-  AttributeError,
-  LookupError,
-  OSError,
-  RuntimeError,
-  TypeError,
-  ValueError,
-)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +143,16 @@ class StreamLoader:
     self._load(self._places[0])
     return self._block.examples
 
+  def filled(self) -> tuple[float, float]:
+    """Returns the rows a step of the block at hand, and their filled places.
+
+    These are a share of all places of a batch, of empty rows too.
+    """
+    batches = self._block.batches
+    rows = sum(map(len, batches)) / len(batches)
+    places = len(batches) * self.batch_size * self.max_length
+    return rows, sum(e.places for e in self._block.examples) / places
+
   def state(self, step: int) -> dict[str, Any]:
     """Returns what `seek` needs to go on with a step, as JSON values.
 
@@ -207,10 +207,17 @@ class StreamLoader:
       futures.wait([ahead[1]])  # it moves the sources
     made = ahead is not None and ahead[0] == place
     self._block = ahead[1].result() if made else self._make(place)
+    if place.block:  # of the first, the report tells
+      self._warn_of_lost()
     if self._block.after not in self._places:
       bisect.insort(
         self._places, self._block.after, key=lambda known: known.step
       )
+
+  def _warn_of_lost(self) -> None:
+    """Warns of what a block lost, once nothing reads the sources."""
+    for said in filter(None, [stream.lost() for stream in self._streams]):
+      warnings.warn(said, stacklevel=2)
 
   def _make(self, place: Place) -> _Block:
     """Takes, shuffles and packs the examples of a block."""
@@ -261,7 +268,7 @@ def _in_thread(
   def run() -> None:
     try:
       future.set_result(make(place))
-    except _FAULTS as error:
+    except Exception as error:  # whoever asks for the block gets it
       future.set_exception(error)
     finally:  # nobody waits for ever
       if not future.done():

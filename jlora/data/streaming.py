@@ -4,12 +4,16 @@ from collections.abc import Sequence
 from typing import Any
 
 from jlora.data.conversations import Conversation
-from jlora.data.loader import packing_efficiency
 from jlora.data.mixing import Sources, portion, shares
 from jlora.data.prepare import Prepared, count, judges
 from jlora.data.recipe import Made, Recipe
 from jlora.data.rows import Columns, columns_of
-from jlora.data.sources import held_out_source, is_task, load_conversations
+from jlora.data.sources import (
+  folder_note,
+  held_out_source,
+  is_task,
+  load_conversations,
+)
 from jlora.data.stream_loader import StreamLoader
 from jlora.data.streams import SourceStream
 from jlora.data.templates import notes_on
@@ -62,13 +66,16 @@ def prepare_stream(
     )
     held += rows
     skips.append(skip)
-    notes.append(f'{source}: streamed, {share:.1%} of the examples; {note}')
+    notes.append(
+      f'{source}: streamed, {share:.1%} of the examples; {note}'
+      f'{folder_note(source, "train")}'
+    )
   if eval_ is not None:
     held, note = _first(
       eval_, 'eval', eval_examples, columns_of(eval_, columns)
     )
     notes.append(note)
-  held_out = recipe.make_all(held)
+  held_out = recipe.make_all(held, eval_ or 'what is held out')
   prompts = frozenset(conversation.prompt_key() for conversation in held)
   streams = [
     SourceStream(
@@ -91,7 +98,7 @@ def prepare_stream(
     pack=pack,
     seed=seed,
   )
-  return _prepared(loader, streams, recipe, held, held_out, pack, notes)
+  return _prepared(loader, streams, recipe, held, held_out, notes)
 
 
 def _prepared(
@@ -100,23 +107,31 @@ def _prepared(
   recipe: Recipe,
   held: Sequence[Conversation],
   held_out: Made,
-  pack: bool,
   notes: list[str],
 ) -> Prepared:
   """Reads the first block, and counts what it took."""
   examples = loader.first_block()
+  for stream in streams:
+    stream.check_seen()
   made = sum((stream.made for stream in streams), Made())
-  recipe.require_kept(made)
+  recipe.require_kept(made, ', '.join(stream.source for stream in streams))
   notes.append(
     f'the counts are of the first {len(examples):,} examples, which are'
     ' shuffled together (data.shuffle_buffer);'
     f' {sum(stream.duplicates for stream in streams):,} rows with a prompt that'
     ' is held out are left out'
   )
+  rows, filled = loader.filled()
+  notes.append(
+    f'{rows:.1f} of {loader.batch_size} rows a step hold examples; a larger'
+    ' data.shuffle_buffer fills more of them'
+  )
+  notes += [stream.line() for stream in streams]
+  notes += filter(None, [stream.lost() for stream in streams])
   report = count(
     examples,
     [made, held_out],
-    packing_efficiency(examples, max_length=recipe.max_length, pack=pack),
+    filled,
     tuple(notes),
     eval_examples=len(held),
     duplicates=0,
@@ -157,5 +172,5 @@ def _first(
   source: str, split: str, examples: int, columns: Columns
 ) -> tuple[list[Conversation], str]:
   return load_conversations(
-    source, split=split, examples=examples, columns=columns
+    source, split=split, examples=examples, columns=columns, stream=True
   )

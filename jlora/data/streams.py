@@ -53,7 +53,9 @@ class SourceStream:
     self.source = source
     self.made = Made()
     self.rounds = self.duplicates = 0
-    self._recipe, self._columns, self._seed = recipe, columns, seed
+    self._told = Made()  # what `lost` has looked at
+    self._recipe, self._seed = recipe, seed
+    self._reader = RowReader(source, columns)
     self._skip, self._held_out = skip, held_out
     self._stop = None if limit is None else skip + limit
     self._pending: collections.deque[Example] = collections.deque()
@@ -80,10 +82,7 @@ class SourceStream:
     self._pending.clear()
     self._rows = self._open(self._row)
     if piece and not self._fill():
-      raise DataError(
-        f'{self.source!r} has no row {self._row} any more, where this run'
-        ' stood; restore the data'
-      )
+      raise self._gone(self._row)
     for _ in range(piece):
       self._pending.popleft()
     self._piece = piece
@@ -144,13 +143,46 @@ class SourceStream:
       drawn = draw_conversations(self.source, split='train', seed=self._seed)
       yield from itertools.islice(drawn, start, self._stop)
       return
-    reader = RowReader(self.source, self._columns)
-    rows = open_rows(self.source, split='train', stream=True)
+    rows = self._reader.filled(
+      open_rows(self.source, split='train', stream=True)
+    )
+    count = 0
     for i, row in enumerate(itertools.islice(rows, self._stop)):
+      count += 1
       if i == 0 or i >= start:
-        conversation = reader.read(*row)
+        conversation = self._reader.read(*row)
       if i >= start:
         yield conversation
+    if count < start:
+      raise self._gone(start - self._skip)
+
+  def _gone(self, row: int) -> DataError:
+    return DataError(
+      f'{self.source!r} has no row {row} any more, where this run stood;'
+      ' restore the data'
+    )
+
+  def check_seen(self) -> None:
+    """Requires that some row so far had each column that is named.
+
+    Raises:
+      DataError: None had one.
+    """
+    self._reader.check_seen()
+
+  def lost(self) -> str:
+    """Says what was cut and dropped since it was last asked, if it is much."""
+    before, self._told = self._told, self.made
+    fit, max_length = self.made.fit, self._recipe.max_length
+    n = self.made.whole - before.whole
+    lost = fit.cut + fit.dropped - before.fit.cut - before.fit.dropped
+    if self._recipe.too_long != 'cut' or lost <= n * self._recipe.max_lost:
+      return ''
+    return (
+      f'{self.source}: {lost:,} of {n:,} examples of a block ({lost / n:.0%})'
+      f' lose their answer or its end at data.max_length={max_length}; raise'
+      " that, or leave them out with data.too_long='drop'"
+    )
 
   def line(self) -> str:
     """Returns what was read so far, for people to read."""
@@ -159,5 +191,5 @@ class SourceStream:
       f'{self.source}: read {self.made.whole:,} examples, {self.rounds:,}'
       f' rounds ended; {fit.cut:,} cut, {fit.dropped:,} dropped as too'
       f' long, {fit.split:,} texts split, {self.duplicates:,} left out as held'
-      ' out'
+      f' out{self._reader.unread()}'
     )

@@ -8,7 +8,12 @@ import jinja2
 
 from jlora.core.targets import as_pairs
 from jlora.data.conversations import Conversation, Message
-from jlora.data.turns import THINKING
+from jlora.data.lines import first_line
+from jlora.data.template_names import (
+  fields_of,
+  thinking_field,
+  variables_of,
+)
 from jlora.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -24,6 +29,17 @@ _OWN = (
   'messages',
   'tokenize',
   'tools',
+)
+
+# What a template raises that does not fit its turns.
+_FAULTS = (
+  jinja2.TemplateError,
+  ArithmeticError,
+  AttributeError,
+  LookupError,
+  RecursionError,
+  TypeError,
+  ValueError,
 )
 
 
@@ -51,28 +67,35 @@ def check_written(conversation: Conversation, tokenizer: Tokenizer) -> None:
     DataError: There is no template, or it never names what is there.
   """
   check_template(tokenizer)
-  template = str(tokenizer.chat_template)
+  template = _template(tokenizer)
   fields = {name for m in conversation.messages for name in m.more}
-  calls = 'tool_calls' in fields and 'tool_calls'
   for name in conversation.template:
-    if name not in template:
+    if name not in variables_of(template):
       raise DataError(
         f'the chat template does not read {name!r}, which data.template sets;'
         ' leave it out'
       )
-  for name in filter(None, (conversation.tools and 'tools', calls)):
-    if name not in template:
-      raise DataError(
-        f'{_at(conversation)}the chat template has no place for {name!r}; use a'
-        ' base whose template calls tools, or leave such rows out'
-      )
-  for name in fields.intersection(THINKING):
-    if name not in template:
-      raise DataError(
-        f'{_at(conversation)}the chat template has no place for {name!r}; set'
-        " data.thinking='drop', or write it into the content, such as"
-        ' <think>...</think>'
-      )
+  no_tools = conversation.tools and 'tools' not in variables_of(template)
+  no_calls = 'tool_calls' in fields - fields_of(template)
+  if no_tools or no_calls:
+    raise DataError(
+      f'{_at(conversation)}the chat template has no place for'
+      f' {"tools" if no_tools else "tool_calls"!r}; use a base whose template'
+      ' calls tools, or leave such rows out'
+    )
+  if 'reasoning_content' in fields and thinking_field(template) is None:
+    raise DataError(
+      f'{_at(conversation)}the chat template has no place for'
+      " 'reasoning_content'; set data.thinking='drop', or write it into the"
+      ' content, such as <think>...</think>'
+    )
+
+
+def _template(tokenizer: Tokenizer) -> str:
+  """Returns the chat template; several, of which tools pick one, as one."""
+  template = tokenizer.chat_template
+  several = isinstance(template, dict)
+  return '\n'.join(template.values()) if several else str(template)
 
 
 def make_fields(value: Any) -> tuple[tuple[str, Any], ...]:
@@ -84,7 +107,13 @@ def make_fields(value: Any) -> tuple[tuple[str, Any], ...]:
   Raises:
     ConfigError: It is something else, or names what jlora itself gives.
   """
-  pairs = as_pairs(value, 'data.template')
+  try:
+    pairs = as_pairs(value, 'data.template')
+  except ConfigError as error:
+    raise ConfigError(
+      f'data.template is {value!r}; it takes a dict of fields that the chat'
+      " template reads, such as {'enable_thinking': False}"
+    ) from error
   for name, _ in pairs:
     if not name.isidentifier() or name in _OWN:
       raise ConfigError(
@@ -134,20 +163,29 @@ def render(
     DataError: There is no template, or it refuses the turns.
   """
   check_template(tokenizer)
+  thinking = thinking_field(_template(tokenizer))
   try:
     return tokenizer.apply_chat_template(
-      [message.fields() for message in messages],
+      [_fields(message, thinking) for message in messages],
       tools=list(conversation.tools) or None,
       tokenize=False,
       add_generation_prompt=header,
       **conversation.template,
     )
-  except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+  except _FAULTS as error:
     roles = ', '.join(message.role for message in messages)
     raise DataError(
       f'{_at(conversation)}the chat template refuses a conversation of {roles}:'
-      f' {error}; change the roles, or use another base'
+      f' {first_line(error)}; change the roles, or use another base'
     ) from error
+
+
+def _fields(message: Message, thinking: str | None) -> dict[str, Any]:
+  """Returns a turn whose thoughts have the name that the template reads."""
+  fields = message.fields()
+  if thinking and 'reasoning_content' in fields:
+    fields[thinking] = fields.pop('reasoning_content')
+  return fields
 
 
 def said_in(text: str, tokenizer: Tokenizer) -> str:

@@ -137,6 +137,11 @@ def _learn_all(
   conversation: Conversation, tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
   check_written(conversation, tokenizer)
+  if any(message.muted for message in conversation.messages):
+    raise DataError(
+      f"{conversation.where}: a turn has weight 0, and data.learn='all' learns"
+      " every turn; set data.learn='completions', or leave the weights out"
+    )
   text = render(conversation, conversation.messages, tokenizer)
   tokens = _encode(text, tokenizer)
   if not is_closed(text, tokenizer):

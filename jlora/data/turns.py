@@ -15,7 +15,8 @@ _NEXT = {
   'call': ('tool',),
   'tool': ('tool', 'assistant'),
 }
-# Under these names turns hold what was thought before the answer.
+# Under these names turns hold what was thought before the answer, the first of
+# which it has here.
 THINKING = ('reasoning_content', 'reasoning', 'thinking')
 
 
@@ -57,10 +58,15 @@ def read_turn(turn: Any) -> Message:
     fields['tool_calls'] = _read_calls(fields['tool_calls'])
     if not fields['tool_calls']:
       del fields['tool_calls']
-  speaks = not (role == 'tool' or {'tool_calls', *THINKING} & fields.keys())
+  thoughts = [fields.pop(name) for name in THINKING if name in fields]
+  if thoughts:
+    fields['reasoning_content'] = thoughts[0]
+  apart = {'tool_calls', 'reasoning_content'}
+  speaks = not (role == 'tool' or apart & fields.keys())
   content = text_in(fields, 'content') if speaks else _maybe_text(fields)
   fields.pop('content', None)
-  return Message(role, content, role == 'assistant' and weight != 0, fields)
+  trained = role == 'assistant' and weight != 0
+  return Message(role, content, trained, fields, muted=weight == 0)
 
 
 def _maybe_text(fields: Mapping[str, Any]) -> str:
@@ -109,7 +115,7 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
   if isinstance(tools, str):
     try:
       tools = json.loads(tools) if tools.strip() else None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
       raise ValueError(f"'tools' is {short(tools)}, not JSON") from error
   are_schemas = isinstance(tools, list) and all(
     isinstance(tool, Mapping) for tool in tools
@@ -122,7 +128,7 @@ def read_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
 def _object(text: str, what: str) -> Any:
   try:
     return json.loads(text)
-  except (json.JSONDecodeError, RecursionError) as error:
+  except (ValueError, RecursionError) as error:
     raise ValueError(f'{what} are {short(text)}, not JSON') from error
 
 

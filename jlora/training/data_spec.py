@@ -25,7 +25,8 @@ class DataSpec:
     columns: Pairs of a field of a row and the column that holds it, or of a
       source and such pairs; () reads columns by their names.
     learn: What is learned of a conversation: 'completions', what the assistant
-      says; 'last', its last turn; 'all', whatever the chat template writes.
+      says; 'last', the last of these turns whose weight is not 0; 'all',
+      whatever the chat template writes, so that no weight may be 0.
     thinking: 'keep' or 'drop': what is thought before an answer.
     template: Pairs of a field and a value that the chat template gets, such as
       `enable_thinking`.

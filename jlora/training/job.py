@@ -18,6 +18,7 @@ from jlora.core.description import Description, describe
 from jlora.core.lift import lift
 from jlora.core.state import TrainState
 from jlora.data.batch import Batch
+from jlora.data.fingerprints import with_sources
 from jlora.data.loader import Loader, digest, eval_batches
 from jlora.data.prepare import Prepared, prepare
 from jlora.data.recipe import Recipe
@@ -165,6 +166,9 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   steps = _count_steps(spec, loader)
 
   fingerprint = digest((*data.train, *data.eval))
+  if spec.data.stream:
+    names = [name for name, _ in spec.data.sources]
+    fingerprint = with_sources(fingerprint, names)
   require_one_run(spec, base, fingerprint)
 
   dtype = compute_dtype(spec.train.dtype)

@@ -15,7 +15,7 @@ from jlora.checkpoints.adapters import START_FILE
 from jlora.checkpoints.run_folder import MetricsFile, RunFolder
 from jlora.checkpoints.runs import RunCheckpoints
 from jlora.checkpoints.starts import load_starts, save_starts
-from jlora.errors import ConfigError
+from jlora.errors import ConfigError, DataError
 from jlora.parallel import processes
 from jlora.parallel.devices import warn_of_idle_gpu
 from jlora.training import artifacts, evaluation
@@ -152,7 +152,12 @@ def _advance(
   spec = job.spec
   with StopRequest() as stop, Ticker(console, job.steps, progress.step) as bar:
     while progress.step < job.steps:
-      line = progress.update(job)
+      try:
+        line = progress.update(job)
+      except DataError:
+        if not processes.are_several() and progress.step:  # of one, others wait
+          _save(job, checkpoints, progress)
+        raise
       step, last = progress.step, progress.step == job.steps
       # Read once, by all: it may turn true at any time, in any process.
       stopping = processes.any_of(stop.requested)
@@ -162,16 +167,21 @@ def _advance(
       if last or step % spec.eval.every == 0:
         bar.say(_evaluate(job, folder, progress, metrics))
       if last or stopping or step % spec.train.checkpoint_every == 0:
-        record = {
-          'origin': job.origin,
-          'progress': progress.record(),
-          'data': job.loader.state(step),
-        }
-        checkpoints.save(progress.state, record)
+        _save(job, checkpoints, progress)
       if stopping and not last:
         bar.say(f'stopped after step {step}; the same command continues')
         return False
   return True
+
+
+def _save(job: Job, checkpoints: RunCheckpoints, progress: Progress) -> None:
+  """Saves where the run stands."""
+  record = {
+    'origin': job.origin,
+    'progress': progress.record(),
+    'data': job.loader.state(progress.step),
+  }
+  checkpoints.save(progress.state, record)
 
 
 def _evaluate(

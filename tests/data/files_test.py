@@ -49,6 +49,7 @@ def write_table(separator):
     ('a.json', write_lines, ':1'),
     ('a.parquet', write_parquet, ': row 0'),
     ('a[1]*.parquet', write_parquet, ': row 0'),
+    ('a#b::c.parquet', write_parquet, ': row 0'),
     ('a.csv', write_table(','), ':2'),
     ('a.TSV', write_table('\t'), ':2'),
   ],
@@ -110,12 +111,13 @@ def test_a_damaged_file_is_refused_before_it_is_parsed(
     ('a.json', '{"a": [], "b": []}', r"lists \['a', 'b'\]; give a list"),
     ('a.json', '[{}, 7]', 'row 1 is 7, not an object'),
     ('a.json', '[' * 100_000, 'nested too deeply'),
+    ('a.json', f'[{"1" * 5000}]', r'a\.json: .*4300 digits'),
     ('a.csv', 'a,b\n1,2\n1,2,3\n', r"a\.csv:3: 3 fields, .*\['a', 'b'\]"),
     ('a.csv', 'a,a\n1,2\n', r"columns \['a', 'a'\] are not named, or not all"),
     ('a.csv', '\na\n', 'columns .* are not named'),
     ('a.csv', 'a\n"b"c\n', r'a\.csv:2: '),
   ],
-  ids=range(9),
+  ids=range(10),
 )
 def test_what_is_malformed_is_named_by_file_and_row(
   tmp_path, name, content, message
@@ -129,3 +131,23 @@ def test_what_is_malformed_is_named_by_file_and_row(
 def test_a_missing_file_is_named():
   with pytest.raises(DataError, match=r"'no\.csv' does not exist"):
     check_file('no.csv')
+
+
+@pytest.mark.parametrize('name', ['a.csv', 'a.tsv', 'a.txt'])
+def test_a_late_byte_that_is_not_utf_8_is_one_sentence(tmp_path, name):
+  path = tmp_path / name
+  path.write_bytes(b'text\n' + b'x\n' * 9999 + b'\xe9\n')
+  check_file(str(path), whole=False)
+  with pytest.raises(DataError, match='byte 0xe9 is not UTF-8'):
+    list(read_file(str(path)))
+
+
+def test_parquet_may_hold_maps_and_no_row(tmp_path):
+  path = str(tmp_path / 'a.parquet')
+  maps = pa.array([[('x', 1)], None], pa.map_(pa.string(), pa.int64()))
+  table = pa.table({'text': ['a', 'b'], 'map': maps})
+  pq.write_table(table, path)
+  rows = [row for _, row in read_file(path)]
+  assert rows == [{'text': 'a', 'map': {'x': 1}}, {'text': 'b'}]
+  pq.write_table(table.slice(0, 0), path)
+  assert list(read_file(path)) == []

@@ -2,7 +2,7 @@ import pathlib
 
 import pytest
 
-from jlora.data.folders import has_split, split_files
+from jlora.data.folders import has_split, split_files, split_note
 from jlora.errors import DataError
 
 
@@ -37,6 +37,8 @@ def names(paths, folder):
     (['train/a.txt', 'test/b.txt', 'README.md'], 'test', ['test/b.txt']),
     (['a.txt', 'b.md', 'README.md', '.x.txt'], 'train', ['a.txt', 'b.md']),
     (['a.jsonl', 'notes.txt'], 'train', ['a.jsonl']),
+    (['a.jsonl', 'my_test.jsonl'], 'test', ['my_test.jsonl']),
+    (['latest.jsonl'], 'train', ['latest.jsonl']),
   ],
 )
 def test_files_belong_to_the_split_that_their_name_says(
@@ -57,3 +59,16 @@ def test_a_missing_split_lists_those_that_there_are(make_folder):
 def test_a_folder_without_data_is_refused(make_folder):
   with pytest.raises(DataError, match='has no data files: name one such as'):
     split_files(make_folder('weights.bin'), 'train')
+
+
+def test_files_that_are_left_out_are_said(make_folder):
+  folder = make_folder('train.jsonl', 'extra.jsonl', 'notes.txt')
+  assert split_note(folder, 'train') == (
+    "the files of 'train' are train.jsonl; left out: extra.jsonl, notes.txt"
+  )
+
+
+def test_the_same_file_under_two_suffixes_is_refused(make_folder):
+  folder = make_folder('train.jsonl', 'train.csv', 'test.jsonl')
+  with pytest.raises(DataError, match=r'train\.csv.*differ in their suffix'):
+    split_files(folder, 'train')

@@ -39,7 +39,7 @@ def test_a_prompt_of_turns_is_given_whole():
   assert [m.trained for m in messages] == [False] * 4 + [True]
 
 
-@pytest.mark.parametrize('name', ['prompt/completion', 'alpaca', 'sharegpt'])
+@pytest.mark.parametrize('name', ROWS)
 def test_a_system_column_comes_first(name):
   messages = read_row(ROWS[name] | {'system': 'be brief'}, name).messages
   assert messages[0] == Message('system', 'be brief')
@@ -177,3 +177,22 @@ def test_an_unknown_speaker_is_named():
   row = {'conversations': [{'from': 'narrator', 'value': 'once'}]}
   with pytest.raises(ValueError, match="'from' 'narrator'; known are system"):
     read_row(row, 'sharegpt')
+
+
+@pytest.mark.parametrize('name', ['reasoning_content', 'reasoning', 'thinking'])
+def test_thoughts_have_one_name_once_they_are_read(name):
+  row = {'messages': [HI, {**YO, name: 'hm'}]}
+  answer = read_row(row, 'messages').messages[-1]
+  assert answer.more == {'reasoning_content': 'hm'}
+
+
+@pytest.mark.parametrize(
+  'row',
+  [
+    {'messages': [HI, YO], 'tools': f'[{"1" * 5000}]'},
+    {'conversations': [{'from': 'function_call', 'value': '1' * 5000}]},
+  ],
+)
+def test_numbers_of_thousands_of_digits_are_no_json(row):
+  with pytest.raises(ValueError, match='not JSON'):
+    read_row(row, detect_format(row))

@@ -38,3 +38,18 @@ def test_what_cannot_be_loaded_is_named(monkeypatch):
   monkeypatch.setattr(datasets, 'load_dataset', load)
   with pytest.raises(DataError, match=r"'a/b:x' cannot be loaded: Unknown"):
     list(read_hub('a/b:x'))
+
+
+def test_a_connection_that_breaks_while_rows_come_is_named(monkeypatch):
+  class ClientError(Exception):
+    pass
+
+  def load(*_, **__):
+    yield {'text': 'a'}
+    raise ClientError('connection reset')
+
+  monkeypatch.setattr(datasets, 'load_dataset', load)
+  rows = read_hub('a/b', stream=True)
+  assert next(rows)[1] == {'text': 'a'}
+  with pytest.raises(DataError, match="'a/b' cannot be loaded: connection"):
+    next(rows)

@@ -27,6 +27,7 @@ def test_nothing_is_read_before_it_is_needed(write):
   [
     ('{"prompt": "a"', "not JSON: Expecting ',' delimiter at column"),
     ('["a"]', 'a JSON list, not an object'),
+    pytest.param(f'{{"a": {"1" * 5000}}}', '4300 digits', id='digits'),
     pytest.param('[' * 100_000, 'nested too deeply', id='deep'),
   ],
 )
@@ -42,7 +43,7 @@ def test_a_malformed_line_is_named_by_file_and_line(write, line, message):
   [
     (b'', 'is empty'),
     (b'\n \n', 'is empty'),
-    (b'\xef\xbb\xbf{}\n', ':1: .*byte-order mark efbbbf'),
+    (b'{}\n\xef\xbb\xbf{}\n', ':2: .*byte-order mark efbbbf'),
     ('{}'.encode('utf-16'), ':1: .*byte-order mark fffe'),
     (b'{}\n\xe9\n', ':2: byte 0xe9 is not UTF-8'),
     pytest.param(
@@ -55,3 +56,10 @@ def test_a_damaged_file_is_named_by_file_and_line(tmp_path, content, message):
   path.write_bytes(content)
   with pytest.raises(DataError, match=message):
     check_file(str(path))
+
+
+def test_a_byte_order_mark_may_begin_a_file(tmp_path):
+  path = tmp_path / 'data.jsonl'
+  path.write_text(GOOD, encoding='utf-8-sig')
+  check_file(str(path))
+  assert [row for _, row in read_lines(str(path))] == [json.loads(GOOD)]

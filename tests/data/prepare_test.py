@@ -97,6 +97,20 @@ def test_examples_are_limited(tokenizer, write):
   assert (len(data.train), len(data.eval)) == (3, 2)
 
 
+def test_examples_that_short_sources_do_not_have_are_said(tokenizer, write):
+  held = write(*rows(*'xyz'), name='held.jsonl')
+  a = write(*rows(*'abcdefgh'), name='a.jsonl')
+  b = write(*rows('i'), name='b.jsonl')
+  sources = ((a, None), (b, None))
+  data = prepare(
+    sources, held, tokenizer, max_length=99, train_examples=8, eval_examples=2
+  )
+  assert len(data.train) == 5
+  assert '5 examples to train on, not data.train_examples=8' in '\n'.join(
+    data.report.notes
+  )
+
+
 def test_the_report_counts_what_is_trained(tokenizer, write):
   data = prepare(write(*rows('a', 'b', 'c')), None, tokenizer, max_length=99)
   report = data.report

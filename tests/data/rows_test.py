@@ -25,7 +25,9 @@ def test_a_named_column_that_a_row_lacks_lists_the_columns():
 def test_a_column_that_some_rows_have_must_be_in_one():
   reader = RowReader('a.jsonl', (*COLUMNS, ('system', 'rules')))
   reader.read('a.jsonl:1', ROW)
-  with pytest.raises(DataError, match=r"no row has the column 'rules'.*answer"):
+  with pytest.raises(
+    DataError, match=r"no row that was read has the column 'rules'.*answer"
+  ):
     reader.check_seen()
   reader.read('a.jsonl:2', ROW | {'rules': 'Be short.'})
   reader.check_seen()
@@ -60,3 +62,25 @@ def test_columns_may_differ_by_source():
 def test_wrong_columns_are_refused(value, message):
   with pytest.raises(ConfigError, match=message):
     make_columns(value)
+
+
+def test_columns_that_are_not_read_are_counted():
+  reader = RowReader('a.jsonl')
+  for row in ({'text': 'a', 'id': 1}, {'text': 'b', 'id': 2, 'url': ''}):
+    reader.read('a.jsonl', row)
+  assert reader.unread() == '; columns not read: id (2 rows), url (1 rows)'
+
+
+@pytest.mark.parametrize(
+  ('row', 'message'),
+  [
+    ({'prompt': 'a', 'completion': 'b', 'label': False}, "'label' is False"),
+    (
+      {'instruction': 'a', 'output': 'b', 'history': [['x', 'y']]},
+      "'messages'",
+    ),
+  ],
+)
+def test_columns_that_turn_the_meaning_around_are_refused(row, message):
+  with pytest.raises(DataError, match=message):
+    RowReader('a.jsonl').read('a.jsonl:1', row)

@@ -118,3 +118,38 @@ def test_a_task_needs_a_number_of_examples():
 def test_a_task_gives_as_many_as_asked_for():
   rows, _ = load_conversations('reasoning_gym:gcd', split='train', examples=7)
   assert len(rows) == 7
+
+
+def test_a_limited_read_finds_a_column_that_no_row_has(write):
+  names = {'prompt': 'prompt', 'completion': 'completion', 'system': 'sytem'}
+  path = write(GOOD, GOOD)
+  with pytest.raises(DataError, match=r"has the column 'sytem'"):
+    load_conversations(
+      path, split='train', examples=1, columns=tuple(names.items())
+    )
+
+
+@pytest.mark.parametrize('source', ['data/trian', './data', 'x/x.jsonl.gz'])
+def test_a_mistyped_path_is_no_dataset_of_the_hub(
+  tmp_path, monkeypatch, source
+):
+  (tmp_path / 'data').mkdir()
+  monkeypatch.chdir(tmp_path / 'data' if source == './data' else tmp_path)
+  with pytest.raises(DataError, match='no such folder here'):
+    check_source(source)
+
+
+def test_blank_texts_are_left_out_and_counted(write):
+  texts = ('', 'a', '  ', 'b')
+  path = write(*(json.dumps({'text': text}) for text in texts))
+  rows, note = load_conversations(path, split='train', examples=None)
+  assert [row.reference for row in rows] == ['a', 'b']
+  assert note.endswith("2 rows read as 'text'; 2 blank rows left out")
+
+
+def test_the_first_row_is_read_when_a_source_is_checked(write):
+  path = write('{"question": "a", "answer": "b"}')
+  with pytest.raises(DataError, match='fit no known format'):
+    check_source(path)
+  columns = {'prompt': 'question', 'completion': 'answer'}
+  check_source(path, columns=tuple(columns.items()))

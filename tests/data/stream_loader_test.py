@@ -134,3 +134,17 @@ loader.batch(0)
 time.sleep(0.2)
 """
   subprocess.run([sys.executable, '-c', code], check=True, timeout=30)
+
+
+def test_a_fault_of_the_thread_reaches_whoever_asks(make_loader):
+  class OddError(Exception):
+    pass
+
+  def take():
+    raise OddError
+
+  loader = make_loader((1.0,))
+  loader.first_block()
+  loader._streams[0].take = take
+  with pytest.raises(OddError):
+    [loader.batch(step) for step in range(20)]

@@ -1,5 +1,6 @@
 import json
 
+import datasets
 import pytest
 
 from jlora.data.recipe import Recipe
@@ -81,5 +82,42 @@ def test_shares_are_said(prepare, write):
 def test_too_much_lost_in_the_first_block_is_refused(prepare, write):
   held = write(*rows(*'abc'), name='held.jsonl')
   long = json.dumps({'prompt': 'd', 'completion': 'the answer ' * 30})
-  with pytest.raises(DataError, match=r'8 of 8 examples lose .*\(8 cut, 0'):
+  with pytest.raises(
+    DataError, match=r'data\.jsonl: 8 of 8 examples lose .*\(8 cut, 0'
+  ):
     prepare(write(long), held, max_length=40)
+
+
+def test_no_row_of_the_hub_is_fetched_before_it_is_read(prepare, monkeypatch):
+  streamed = []
+
+  def load(*_, split, streaming):
+    streamed.append(streaming)
+    return map(json.loads, rows(*'abcdefg'))
+
+  monkeypatch.setattr(datasets, 'load_dataset', load)
+  prepare('owner/name')
+  assert len(streamed) > 1
+  assert all(streamed)
+
+
+def test_a_column_that_no_row_of_the_first_block_has_is_refused(prepare, write):
+  names = {'prompt': 'prompt', 'completion': 'completion', 'system': 'sytem'}
+  with pytest.raises(DataError, match=r"has the column 'sytem'"):
+    prepare(write(*rows(*'abcdefg')), columns=tuple(names.items()))
+
+
+def test_what_later_blocks_lose_is_warned_of(prepare, write):
+  held = write(*rows(*'abc'), name='held.jsonl')
+  long = json.dumps({'prompt': 'd', 'completion': 'the answer ' * 30})
+  path = write(*rows(*'efghijkl'), *[long] * 8)
+  data = prepare(path, held, max_length=40)
+  with pytest.warns(UserWarning, match=r'8 of 8 examples of a block \(100%\)'):
+    [data.order.batch(step) for step in range(6)]
+
+
+def test_empty_rows_of_a_batch_count_as_not_filled(prepare, write):
+  data = prepare(write(*rows(*'abcdefg')), batch_size=3, pack=False)
+  assert any(n.startswith('2.7 of 3 rows a step') for n in data.report.notes)
+  places = sum(e.places for e in data.train)
+  assert data.report.packing_efficiency == places / (3 * 3 * 99)

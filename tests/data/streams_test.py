@@ -114,6 +114,11 @@ def test_a_position_that_is_gone_is_refused(make_stream, write):
   stream = make_stream(write(text), max_length=4)
   with pytest.raises(DataError, match='has no row 3 any more'):
     stream.seek((3, 1))
+  stream.seek((3, 0))
+  with pytest.raises(DataError, match='has no row 3 any more'):
+    stream.take()
+  stream.seek((1, 0))  # the end of a round
+  stream.take()
 
 
 def test_a_task_is_drawn_without_end(make_stream):

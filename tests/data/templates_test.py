@@ -137,7 +137,7 @@ ENDS[LLAMA31] = ENDS[LLAMA3]
 
 def make_tokenizer(template):
   """A tokenizer of bytes with the special tokens of a model."""
-  bos, eos, special, added = ENDS[template]
+  bos, eos, special, added = ENDS.get(template, ENDS[CHATML])
   alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
   inner = tokenizers.Tokenizer(
     models.BPE({c: i for i, c in enumerate(alphabet)}, [])
@@ -387,6 +387,7 @@ def test_a_template_that_writes_the_date_is_said():
     ({'tools': []}, "data.template sets 'tools'"),
     ({'a b': 1}, "data.template sets 'a b'"),
     (3, 'data.template is 3'),
+    ('abc', "is 'abc'; it takes a dict of fields"),
   ],
 )
 def test_wrong_fields_of_a_template_are_refused(value, message):
@@ -418,3 +419,38 @@ def test_what_a_template_would_leave_out_is_refused(
 ):
   with pytest.raises(DataError, match=message):
     check_written(conversation, tokenizer_of(CHATML))
+
+
+ALIKE = (  # words that hold the names, comments, and text
+  '{# tools tool_calls reasoning_content #} tools {% if xml_tools %}{% endif %}'
+  '{% if enable_thinking and thinking %}{{ my_tool_calls }}{% endif %}'
+)
+
+
+@pytest.mark.parametrize(
+  'conversation',
+  [
+    Conversation(CHAT, tools=(TOOL,)),
+    Conversation(CALLS),
+    Conversation(THOUGHTS),
+    Conversation(CHAT, template={'xml': True}),
+  ],
+)
+def test_only_whole_names_of_a_template_count(tokenizer_of, conversation):
+  with pytest.raises(DataError, match=r'no place for|does not read'):
+    check_written(conversation, tokenizer_of(ALIKE + CHATML))
+
+
+def test_thoughts_get_the_name_that_the_template_reads(tokenizer_of):
+  tokenizer = tokenizer_of(QWEN3.replace('reasoning_content', 'thinking'))
+  _, example = tokenize(Conversation(THOUGHTS), tokenizer)
+  assert '<think>\nHm.\n</think>' in marked(example, tokenizer)
+
+
+@pytest.mark.parametrize(
+  'fault', ['1 // 0', 'messages[0].content.x.y', "'%(a)s' % {}"]
+)
+def test_what_a_template_raises_is_one_sentence(tokenizer_of, fault):
+  tokenizer = tokenizer_of('{{ ' + fault + ' }}' + CHATML)
+  with pytest.raises(DataError, match='the chat template refuses'):
+    tokenize(Conversation(CHAT), tokenizer)

@@ -219,3 +219,10 @@ def test_an_id_without_a_row_is_refused(tokenizer):
 def test_text_has_no_prompt(tokenizer):
   with pytest.raises(DataError, match="'once' has no prompt"):
     prompt_tokens(make_text('once'), tokenizer)
+
+
+def test_a_turn_of_no_weight_cannot_be_learned_with_all(tokenizer):
+  first, said, *rest = CHAT.messages
+  said = dataclasses.replace(said, trained=False, muted=True)
+  with pytest.raises(DataError, match=r"weight 0, and data\.learn='all'"):
+    tokenize(Conversation((first, said, *rest)), tokenizer, learn='all')

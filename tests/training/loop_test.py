@@ -40,6 +40,7 @@ def world(monkeypatch):
     saved=[],
     answered=0,
     sought=[],
+    malformed=None,
   )
 
   def build(spec, console, starts):
@@ -56,7 +57,7 @@ def world(monkeypatch):
         seek=lambda state: world.sought.append(state['step']),
         lines=lambda: [],
       ),
-      batch=lambda step: types.SimpleNamespace(step=step),
+      batch=functools.partial(_batch, world),
       step=functools.partial(_step, world),
       schedule=lambda step: spec.optim.learning_rate,
       description='',
@@ -95,6 +96,12 @@ def world(monkeypatch):
   monkeypatch.setattr(artifacts, 'write_samples', lambda *_: None)
   monkeypatch.setattr(artifacts, 'write_summary', write_summary)
   return world
+
+
+def _batch(world, step):
+  if step == world.malformed:
+    raise DataError('row 9 is malformed')
+  return types.SimpleNamespace(step=step)
 
 
 def _step(world, state, frozen, batch):
@@ -165,6 +172,16 @@ def test_a_signal_saves_the_step_it_came_in(run, world):
   assert 'stopped after step 3' in said
   assert [p.name for p in (run.folder / 'checkpoints').iterdir()].count('3')
   assert not (run.folder / 'summary.json').exists()
+
+
+def test_a_malformed_row_loses_no_step(run, world):
+  world.malformed = 3  # checkpoints are made every second step
+  with pytest.raises(DataError, match='row 9'):
+    run()
+  world.malformed = None
+  assert run()[0]
+  assert world.sought == [3]
+  assert (run.folder / 'adapter.txt').read_text() == str([weight_after(6)] * 3)
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(run, world):
