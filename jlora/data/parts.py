@@ -70,11 +70,11 @@ def load_parts(
     for (source, _), share in zip(sources, shares(sources), strict=True)
   ]
   total = sum(len(part.trained) for part in parts)
-  if train_examples is not None and total < train_examples:
+  short = train_examples is not None and total < train_examples
+  if short and len(parts) > 1:
     parts[-1].notes.append(
       f'{total:,} examples to train on, not data.train_examples='
-      f'{train_examples:,}: each source gives its share of these, and some have'
-      ' less; weights in data.train change the shares'
+      f'{train_examples:,}: some have less than their share'
     )
   if eval_ is not None:
     held, note = _load_held_out(
