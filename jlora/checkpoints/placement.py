@@ -127,7 +127,7 @@ def _split_pieces(
   if path in split.plan.full:
     of_full = sharding('full', leaf.shape)
     trained['full'] = pieces.place_dense(leaf, jnp.float32, of_full)
-    return SplitLeaf(Placeholder(leaf.shape, jnp.dtype(dtype)), trained)
+    return SplitLeaf(Placeholder(leaf.shape, jnp.dtype(leaf.dtype)), trained)
   if path in split.plan.rows:
     rows = _read_rows(leaf, split.plan.rows[path])
     trained['rows'] = pieces.place_whole(rows, sharding('rows', rows.shape))

@@ -1,5 +1,6 @@
 """Both halves of a run's parameters, read, split and placed on its devices."""
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -12,7 +13,7 @@ from jlora.checkpoints.bases import Base
 from jlora.checkpoints.starts import Starts
 from jlora.core.decompositions import Start
 from jlora.core.partition import partition
-from jlora.core.plan import is_frozen_leaf
+from jlora.core.plan import Placeholder, is_frozen_leaf
 from jlora.core.state import TrainState
 from jlora.core.tree import arrays_by_path, matching, nest
 from jlora.models import families, layout
@@ -61,6 +62,7 @@ def abstract_halves(
   frozen, trainable = partition(
     jax.random.key(0), params, spec.lora, quant=spec.quant
   )
+  frozen = jax.tree.map(_whole_in_float32, frozen, is_leaf=is_frozen_leaf)
   shardings = shardings_of(spec, frozen, mesh)
   tx = make_optimizer(spec.optim, steps, trainable)
   state = TrainState(
@@ -71,6 +73,13 @@ def abstract_halves(
   state = _put(state, shardings.state(state))
   frozen = _put(frozen, shardings.frozen(frozen))
   return Halves(frozen, state, tx, {}, shardings, dtype)
+
+
+def _whole_in_float32(leaf: Any) -> Any:
+  """Returns a leaf as `load_split` has it: what is trained whole stays so."""
+  if not isinstance(leaf, Placeholder):
+    return leaf
+  return dataclasses.replace(leaf, dtype=jnp.dtype(jnp.float32))
 
 
 def load_halves(
