@@ -43,6 +43,18 @@ def torch_logits(model):
     return model.eval()(torch.tensor(TOKENS)).logits.numpy()
 
 
+def expect_peft_agrees(adapted, folder):
+  """Saves an adapter, compares PEFT's logits with ours, and saves it again."""
+  adapted.save(folder)
+  base = make_oracle(adapted.config, adapted.params)
+  model = peft.PeftModel.from_pretrained(base, folder)
+  expected = merged_logits(
+    adapted.config, adapted.params, adapted.spec, adapted.trainable
+  )
+  assert_near(torch_logits(model), expected)
+  adapted.expect_same_bytes_again(folder)
+
+
 FULL = ('.*/(q|qkv)_proj/.*', '.*norm/(scale|bias)')
 
 
@@ -52,14 +64,7 @@ def test_peft_computes_the_merged_logits(
 ):
   fields = {'train_full': full, 'exclude': FULL[:1] if full else ()}
   adapted = make_adapted(config=leaves_config, targets='all-linear', **fields)
-  adapted.save(tmp_path / 'adapter')
-  base = make_oracle(leaves_config, adapted.params)
-  model = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter')
-  expected = merged_logits(
-    leaves_config, adapted.params, adapted.spec, adapted.trainable
-  )
-  assert_near(torch_logits(model), expected)
-  adapted.expect_same_bytes_again(tmp_path / 'adapter')
+  expect_peft_agrees(adapted, tmp_path / 'adapter')
 
 
 def test_logits_of_an_adapter_of_peft(leaves_config, tmp_path):
@@ -108,14 +113,7 @@ def test_peft_computes_other_methods(name, method, make_adapted, tmp_path):
     with pytest.raises(AdapterError, match='DoRA of experts'):
       adapted.save(tmp_path / 'adapter')
     return
-  adapted.save(tmp_path / 'adapter')
-  base = make_oracle(config, adapted.params)
-  model = peft.PeftModel.from_pretrained(base, tmp_path / 'adapter')
-  expected = merged_logits(
-    config, adapted.params, adapted.spec, adapted.trainable
-  )
-  assert_near(torch_logits(model), expected)
-  adapted.expect_same_bytes_again(tmp_path / 'adapter')
+  expect_peft_agrees(adapted, tmp_path / 'adapter')
 
 
 def test_a_kernel_without_its_bias_is_refused(make_adapted, tmp_path):
