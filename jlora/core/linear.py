@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora.core.axes import canonical_axes
 from jlora.core.quantized import QuantizedArray, decode_matrices
@@ -48,6 +49,9 @@ class Stored:
 
 
 Kernel = jax.Array | Stored | QuantizedArray
+
+# The name of `x a` for the policies of `jax.checkpoint`.
+LOW_RANK = 'low_rank'
 
 
 def matrix_of(kernel: Kernel) -> jax.Array:
@@ -162,7 +166,7 @@ def _forward(
     return _unrows(y, x), (kernel, None, None, None)
   separate = branch is not None
   read, rows = (branch, _rows(branch)) if separate else (x, rows)
-  low = _dot(rows, adapter.a.astype(x.dtype))
+  low = checkpoint_name(_dot(rows, adapter.a.astype(x.dtype)), LOW_RANK)
   b = adapter.b.astype(x.dtype).astype(jnp.float32)
   y = y + (adapter.scale * _dot(low, b)).astype(settings.dtype)
   return _unrows(y, x), (kernel, adapter, (read, low), separate)

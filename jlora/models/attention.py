@@ -7,6 +7,7 @@ G query heads a key-value head, D head_dim.
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models.config import DecoderConfig
 from jlora.models.norms import make_norm
@@ -130,7 +131,8 @@ class Attention(nn.Module):
     scale = None if c.query_scalar is None else c.query_scalar**-0.5
     mask = seen.of(kinds.local)
     out = attend(q, k, v, mask, scale=scale, cap=c.attention_cap)
-    return self._dense('o_proj', c.embed_dim)(out), cache
+    out = checkpoint_name(out, 'product')
+    return self._dense('o_proj', c.embed_dim, out), cache
 
   def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Returns queries, keys and values [batch, length, heads, head_dim]."""
@@ -139,10 +141,10 @@ class Attention(nn.Module):
     widths = [count * c.head_dim for count in heads.values()]
     if 'qkv_proj' in c.fused:
       ends = [widths[0], widths[0] + widths[1]]
-      parts = jnp.split(self._dense('qkv_proj', sum(widths))(x), ends, axis=-1)
+      parts = jnp.split(self._dense('qkv_proj', sum(widths), x), ends, axis=-1)
     else:
       named = zip(heads, widths, strict=True)
-      parts = [self._dense(f'{name}_proj', width)(x) for name, width in named]
+      parts = [self._dense(f'{name}_proj', width, x) for name, width in named]
     shape = (*x.shape[:2], -1, c.head_dim)
     q, k, v = (part.reshape(shape) for part in parts)
     if c.qk_norm:
@@ -150,9 +152,10 @@ class Attention(nn.Module):
       k = make_norm(c, self.dtype, 'k_norm')(k)
     return q, k, v
 
-  def _dense(self, name: str, width: int) -> nn.Dense:
+  def _dense(self, name: str, width: int, x: jax.Array) -> jax.Array:
     bias = name in self.config.biases
-    return nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
+    dense = nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
+    return checkpoint_name(dense(x), 'product')
 
 
 def _angles_of(

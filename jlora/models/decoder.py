@@ -39,10 +39,13 @@ from jlora.models.mlp import Experts, Mlp
 from jlora.models.norms import make_norm
 from jlora.models.reach import ByReach, Kinds, kinds_of, masks_of, turns_of
 
-# What a rematerialized layer keeps for its backward pass beside its input.
+# What a rematerialized layer keeps for its backward pass beside its input. The
+# names are those that linear layers and attention give to what they return;
+# `low_rank` is an adapter's, where the decoder is lifted. Products that are not
+# named are parts of these: keeping them too would keep each one twice.
 REMAT = {
   'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'dots': jax.checkpoint_policies.save_only_these_names('product', 'low_rank'),
 }
 
 

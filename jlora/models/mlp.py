@@ -8,6 +8,7 @@ import functools
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora.models.config import DecoderConfig
 
@@ -33,19 +34,21 @@ class Mlp(nn.Module):
     c = self.config
     act = ACTIVATIONS[c.activation]
 
-    def dense(width: int, name: str) -> nn.Dense:
+    def dense(name: str, width: int, x: jax.Array) -> jax.Array:
       bias = name in c.biases
-      return nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
+      layer = nn.Dense(width, use_bias=bias, dtype=self.dtype, name=name)
+      return checkpoint_name(layer(x), 'product')
 
     if 'gate_up_proj' in c.fused:
-      gate, up = jnp.split(dense(2 * c.mlp_dim, 'gate_up_proj')(x), 2, axis=-1)
+      both = dense('gate_up_proj', 2 * c.mlp_dim, x)
+      gate, up = jnp.split(both, 2, axis=-1)
       hidden = act(gate) * up
     elif c.gated:
-      gate = dense(c.mlp_dim, 'gate_proj')(x)
-      hidden = act(gate) * dense(c.mlp_dim, 'up_proj')(x)
+      gate = dense('gate_proj', c.mlp_dim, x)
+      hidden = act(gate) * dense('up_proj', c.mlp_dim, x)
     else:
-      hidden = act(dense(c.mlp_dim, 'up_proj')(x))
-    return dense(c.embed_dim, 'down_proj')(hidden)
+      hidden = act(dense('up_proj', c.mlp_dim, x))
+    return dense('down_proj', c.embed_dim, hidden)
 
 
 class Experts(nn.Module):
@@ -132,4 +135,4 @@ class Stack(nn.Module):
     init = nn.initializers.lecun_normal(batch_axis=0)
     kernel = self.param('kernel', init, shape)
     x, kernel = x.astype(self.dtype), kernel.astype(self.dtype)
-    return jax.lax.ragged_dot(x, kernel, counts)
+    return checkpoint_name(jax.lax.ragged_dot(x, kernel, counts), 'product')

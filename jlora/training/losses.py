@@ -26,7 +26,9 @@ def summed_cross_entropy(
 ) -> jax.Array:
   """Returns the sum over tokens of `mask * -log p(target)`.
 
-  Logits exist for `chunk` tokens at a time, in both directions.
+  Logits exist for `chunk` tokens at a time, in both directions, and only for
+  chunks with a token that is trained: those of each row are brought together,
+  so that prompts and padding cost no product with the vocabulary.
 
   Args:
     logits_fn: The output head.
@@ -42,8 +44,35 @@ def summed_cross_entropy(
   Returns:
     float32 scalar.
   """
+  order = jnp.argsort(mask == 0, axis=1, stable=True)
+  hidden = _reorder(hidden, order)
+  targets = jnp.take_along_axis(targets, order, axis=1)
+  mask = jnp.take_along_axis(mask, order, axis=1)
   run = _one_pass if frozen_head else _rematerialized
   return run(logits_fn, params, *_chunks(hidden, targets, mask, chunk))
+
+
+@jax.custom_vjp
+def _reorder(x: jax.Array, order: jax.Array) -> jax.Array:
+  """Returns the tokens of each row of [batch, length, …] in another order.
+
+  Its derivative puts them back by a look-up, where that of a look-up would be
+  a sum over tokens.
+  """
+  return jnp.take_along_axis(x, order[..., None], axis=1)
+
+
+def _reorder_forward(
+  x: jax.Array, order: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+  return _reorder(x, order), order
+
+
+def _reorder_backward(order: jax.Array, g: jax.Array) -> tuple[jax.Array, None]:
+  return _reorder(g, jnp.argsort(order, axis=1)), None
+
+
+_reorder.defvjp(_reorder_forward, _reorder_backward)
 
 
 def _chunks(
@@ -66,6 +95,15 @@ def _chunks(
   return cut(hidden), cut(targets), cut(mask)
 
 
+def _where_trained(
+  function: Callable[..., Any], h: jax.Array, t: jax.Array, m: jax.Array
+) -> Any:
+  """Returns a function of a chunk, or zeros if it trains no token."""
+  shapes = jax.eval_shape(function, h, t, m)
+  zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+  return jax.lax.cond(m.any(), function, lambda *chunk: zeros, h, t, m)
+
+
 def _losses(logits_CV: jax.Array, targets_C: jax.Array) -> jax.Array:
   logits_CV = logits_CV.astype(jnp.float32)
   chosen = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)[:, 0]
@@ -79,12 +117,16 @@ def _rematerialized(
   targets: jax.Array,
   mask: jax.Array,
 ) -> jax.Array:
+  # Outside of the condition, or the head would be kept for each chunk.
   @jax.checkpoint
-  def one(params: Any, h: jax.Array, t: jax.Array, m: jax.Array) -> jax.Array:
-    return jnp.sum(m * _losses(logits_fn(params, h), t))
+  def one(params: Any, xs: Any) -> jax.Array:
+    def loss(h: jax.Array, t: jax.Array, m: jax.Array) -> jax.Array:
+      return jnp.sum(m * _losses(logits_fn(params, h), t))
+
+    return _where_trained(loss, *xs)
 
   def body(total: jax.Array, xs: Any) -> tuple[jax.Array, None]:
-    return total + one(params, *xs), None
+    return total + one(params, xs), None
 
   total, _ = jax.lax.scan(body, jnp.float32(0), (hidden, targets, mask))
   return total
@@ -98,11 +140,13 @@ def _one_pass(
   targets: jax.Array,
   mask: jax.Array,
 ) -> jax.Array:
-  def one(xs: Any) -> jax.Array:
-    h, t, m = xs
+  def one(h: jax.Array, t: jax.Array, m: jax.Array) -> jax.Array:
     return jnp.sum(m * _losses(logits_fn(params, h), t))
 
-  return jax.lax.map(one, (hidden, targets, mask)).sum()
+  def run(xs: Any) -> jax.Array:
+    return _where_trained(one, *xs)
+
+  return jax.lax.map(run, (hidden, targets, mask)).sum()
 
 
 def _one_pass_forward(
@@ -114,13 +158,17 @@ def _one_pass_forward(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the loss and its gradient by `hidden`, from the same logits."""
 
-  def one(xs: Any) -> tuple[jax.Array, jax.Array]:
-    h, t, m = xs
+  def one(
+    h: jax.Array, t: jax.Array, m: jax.Array
+  ) -> tuple[jax.Array, jax.Array]:
     logits, pull = jax.vjp(functools.partial(logits_fn, params), h)
     loss, grad = _loss_and_grad(logits, t, m)
     return loss, pull(grad.astype(logits.dtype))[0]
 
-  losses, grads = jax.lax.map(one, (hidden, targets, mask))
+  def run(xs: Any) -> tuple[jax.Array, jax.Array]:
+    return _where_trained(one, *xs)
+
+  losses, grads = jax.lax.map(run, (hidden, targets, mask))
   return losses.sum(), grads
 
 

@@ -161,3 +161,25 @@ def test_logits_exist_for_one_chunk_only(frozen_head):
   logits = 4 * vocab * chunk
   # A chunk's logits a few times over; all of them would be 64 times this.
   assert compiled.memory_analysis().temp_size_in_bytes <= 6 * logits
+
+
+@pytest.mark.parametrize('frozen_head', [True, False])
+@pytest.mark.parametrize('trained', [0, 1, 5])
+def test_logits_are_made_of_chunks_with_a_trained_token_only(
+  params, frozen_head, trained
+):
+  counted = []
+
+  def counting(params, h):
+    jax.debug.callback(lambda: counted.append(len(h)))
+    return tied(params, h)
+
+  hidden = jax.random.normal(jax.random.key(0), (2, 12, EMBED))
+  targets = jnp.zeros((2, 12), jnp.int32)
+  # Scattered over both rows, at most `trained` in one.
+  mask = jnp.zeros((2, 12)).at[0, 1 : 1 + 2 * trained : 2].set(1)
+  mask = mask.at[1, 11].set(min(trained, 1))
+  run = chunked(4, frozen_head)
+  jax.block_until_ready(run(counting, params, hidden, targets, mask))
+  jax.effects_barrier()
+  assert counted == [4] * -(-trained // 2)
