@@ -33,16 +33,22 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models.attention import Attention, Cache, capped, causal_mask
+from jlora.models.attention import Attention, Cache
+from jlora.models.blockwise import KEPT
 from jlora.models.config import DecoderConfig
 from jlora.models.mlp import Experts, Mlp
 from jlora.models.norms import make_norm
 from jlora.models.reach import ByReach, Kinds, kinds_of, masks_of, turns_of
+from jlora.models.scores import capped
 
+_policies = jax.checkpoint_policies
 # What a rematerialized layer keeps for its backward pass beside its input.
 REMAT = {
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+  'full': _policies.nothing_saveable,
+  'dots': _policies.save_from_both_policies(
+    _policies.dots_with_no_batch_dims_saveable,
+    _policies.save_only_these_names(KEPT),
+  ),
 }
 
 
@@ -57,7 +63,7 @@ class Layer(nn.Module):
     self,
     h: jax.Array,
     turns: ByReach | None,
-    seen: ByReach,
+    seen: ByReach | jax.Array | None,
     index: jax.Array | None,
     kinds: Kinds,
     cache: Cache | None,
@@ -87,7 +93,8 @@ class Decoder(nn.Module):
     config: Sizes and constants.
     dtype: What is computed in; parameters keep their own dtype.
     remat: 'none' keeps every activation for the backward pass, 'full' a
-      layer's input only, 'dots' the results of its linear layers too.
+      layer's input only, 'dots' the results of its linear layers and of
+      attention too.
     unroll: Layers a step of the scan over layers takes.
   """
 
@@ -147,12 +154,9 @@ class Decoder(nn.Module):
     if positions is None:
       steps = jnp.arange(tokens.shape[1])[None]
       positions = jnp.broadcast_to(steps, tokens.shape)
-    if segment_ids is None:
-      segment_ids = jnp.zeros_like(tokens)
-    seen = masks_of(self.config, causal_mask(segment_ids))
     turns, kinds = turns_of(self.config, positions), kinds_of(self.config)
     h = self._embedded(tokens, positions)
-    h, _ = self.layers(h, turns, seen, None, kinds, None)
+    h, _ = self.layers(h, turns, segment_ids, None, kinds, None)
     return self.final_norm(h)
 
   def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:
