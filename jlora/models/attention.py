@@ -4,11 +4,13 @@ Dimension key: B batch, S queries, T keys, H query heads, K key-value heads,
 G query heads a key-value head, D head_dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models.blockwise import Sight, attend_blockwise
+from jlora.models.blockwise import Sight
 from jlora.models.config import DecoderConfig
 from jlora.models.norms import make_norm
 from jlora.models.reach import ByReach, Kinds, reach_of
@@ -76,6 +78,7 @@ class Attention(nn.Module):
 
   config: DecoderConfig
   dtype: jnp.dtype
+  attend: Any  # within whole sequences, as `attend_blockwise`
 
   @nn.compact
   def __call__(
@@ -110,7 +113,7 @@ class Attention(nn.Module):
     how = {'scale': scale, 'cap': c.attention_cap}
     if cache is None:
       sight = Sight(seen, reach_of(c, kinds.local, x.shape[1]))
-      out = attend_blockwise(q, k, v, sight, **how)
+      out = self.attend(q, k, v, sight, **how)
     else:
       cache = extend(cache, k, v, index)
       k, v = (part.astype(self.dtype) for part in cache)

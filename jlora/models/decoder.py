@@ -34,7 +34,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from jlora.models.attention import Attention, Cache
-from jlora.models.blockwise import KEPT
+from jlora.models.blockwise import KEPT, attend_blockwise
 from jlora.models.config import DecoderConfig
 from jlora.models.mlp import Experts, Mlp
 from jlora.models.norms import make_norm
@@ -57,6 +57,7 @@ class Layer(nn.Module):
 
   config: DecoderConfig
   dtype: jnp.dtype
+  attend: Any
 
   @nn.compact
   def __call__(
@@ -75,7 +76,7 @@ class Layer(nn.Module):
     def norm(name: str, x: jax.Array) -> jax.Array:
       return make_norm(c, self.dtype, name)(x)
 
-    attention = Attention(c, self.dtype, name='attention')
+    attention = Attention(c, self.dtype, self.attend, name='attention')
     out, cache = attention(
       norm('attention_norm', h), turns, seen, kinds, cache, index
     )
@@ -96,12 +97,15 @@ class Decoder(nn.Module):
       layer's input only, 'dots' the results of its linear layers and of
       attention too.
     unroll: Layers a step of the scan over layers takes.
+    attend: How whole sequences are attended to; another is made by
+      `kernels.make_attend`.
   """
 
   config: DecoderConfig
   dtype: Any = jnp.float32
   remat: str = 'none'
   unroll: int = 1
+  attend: Any = attend_blockwise
 
   def setup(self) -> None:
     """Builds the parts; `hidden` and `logits` share the embedding."""
@@ -121,7 +125,7 @@ class Decoder(nn.Module):
       in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
       length=c.layers,
       unroll=self.unroll,
-    )(c, self.dtype)
+    )(c, self.dtype, self.attend)
     self.final_norm = make_norm(c, self.dtype)
     if not c.tie_embeddings:
       self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)

@@ -12,6 +12,7 @@ from jlora.data.batch import Batch
 from jlora.models import layout
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
+from jlora.models.kernels import make_attend
 from jlora.parallel.mesh import by_example
 from jlora.training.halves import Halves
 from jlora.training.run_spec import RunSpec
@@ -44,7 +45,12 @@ def make_program(
   of_frozen = halves.shardings.frozen(halves.frozen)
   of_state = halves.shardings.state(halves.state)
   loss_fn = make_loss(
-    Decoder(config, dtype=halves.dtype, remat=spec.train.remat),
+    Decoder(
+      config,
+      dtype=halves.dtype,
+      remat=spec.train.remat,
+      attend=make_attend(mesh),
+    ),
     spec.lora,
     chunk=spec.train.loss_chunk,
     frozen_head=_head_is_frozen(halves.state.trainable, config),
