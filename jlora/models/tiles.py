@@ -45,6 +45,11 @@ class Tiling(NamedTuple):
     return self.block * self.count
 
   @property
+  def scores(self) -> int:
+    """Scores that are there at once, of one row and head."""
+    return self.block * (self.length if self.unrolled else self.block)
+
+  @property
   def pairs(self) -> list[tuple[int, int]]:
     """Blocks of queries and of keys, a query's own block first."""
     return [
