@@ -4,38 +4,21 @@ Dimension key: B batch, S queries, T keys, H query heads, K key-value heads,
 G query heads a key-value head, D head_dim.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax.ad_checkpoint import checkpoint_name
 
+from jlora.models.blockwise import Sight
 from jlora.models.config import DecoderConfig
 from jlora.models.norms import make_norm
-from jlora.models.reach import ByReach, Kinds
+from jlora.models.reach import ByReach, Kinds, reach_of
 from jlora.models.rotary import rotate
+from jlora.models.scores import capped
 
 Cache = tuple[jax.Array, jax.Array]
-
-
-def causal_mask(segment_ids: jax.Array) -> jax.Array:
-  """Returns which keys a query may see in packed sequences.
-
-  Args:
-    segment_ids: int [batch, length]; tokens see earlier tokens of their own
-      segment only.
-
-  Returns:
-    bool [batch, length (queries), length (keys)].
-  """
-  length = segment_ids.shape[1]
-  earlier = jnp.tril(jnp.ones((length, length), bool))
-  same = segment_ids[:, :, None] == segment_ids[:, None, :]
-  return jnp.logical_and(same, earlier[None])
-
-
-def capped(x: jax.Array, cap: float | None) -> jax.Array:
-  """Returns cap * tanh(x / cap), between -cap and cap; `x` without a cap."""
-  return x if cap is None else cap * jnp.tanh(x / cap)
 
 
 def attend(
@@ -96,13 +79,14 @@ class Attention(nn.Module):
 
   config: DecoderConfig
   dtype: jnp.dtype
+  attend: Any  # within whole sequences, as `attend_blockwise`
 
   @nn.compact
   def __call__(
     self,
     x: jax.Array,
     turns: ByReach | None,
-    seen: ByReach,
+    seen: ByReach | jax.Array | None,
     kinds: Kinds,
     cache: Cache | None,
     index: jax.Array | None,
@@ -112,7 +96,8 @@ class Attention(nn.Module):
     Args:
       x: [batch, length, embed_dim].
       turns: From `turns_of`.
-      seen: From `masks_of`.
+      seen: From `masks_of` with a cache; without one, segment ids
+        [batch, length], or None where all is one segment.
       kinds: Of this layer.
       cache: Keys and values [batch, slots, kv_heads, head_dim], or None.
       index: The slot at which this call's first key goes.
@@ -125,13 +110,15 @@ class Attention(nn.Module):
     if turns is not None and len(set(c.unrotated_layers)) < c.layers:
       angles = _angles_of(turns.of(kinds.local), kinds.rotated)
       q, k = rotate(q, *angles), rotate(k, *angles)
-    if cache is not None:
+    scale = None if c.query_scalar is None else c.query_scalar**-0.5
+    how = {'scale': scale, 'cap': c.attention_cap}
+    if cache is None:
+      sight = Sight(seen, reach_of(c, kinds.local, x.shape[1]))
+      out = self.attend(q, k, v, sight, **how)
+    else:
       cache = extend(cache, k, v, index)
       k, v = (part.astype(self.dtype) for part in cache)
-    scale = None if c.query_scalar is None else c.query_scalar**-0.5
-    mask = seen.of(kinds.local)
-    out = attend(q, k, v, mask, scale=scale, cap=c.attention_cap)
-    out = checkpoint_name(out, 'product')
+      out = attend(q, k, v, seen.of(kinds.local), **how)
     return self._dense('o_proj', c.embed_dim, out), cache
 
   def _project(self, x: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

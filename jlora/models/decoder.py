@@ -33,19 +33,22 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
-from jlora.models.attention import Attention, Cache, capped, causal_mask
+from jlora.models.attention import Attention, Cache
+from jlora.models.blockwise import KEPT, attend_blockwise
 from jlora.models.config import DecoderConfig
 from jlora.models.mlp import Experts, Mlp
 from jlora.models.norms import make_norm
 from jlora.models.reach import ByReach, Kinds, kinds_of, masks_of, turns_of
+from jlora.models.scores import capped
 
+_policies = jax.checkpoint_policies
 # What a rematerialized layer keeps for its backward pass beside its input. The
 # names are those that linear layers and attention give to what they return;
-# `low_rank` is an adapter's, where the decoder is lifted. Products that are not
-# named are parts of these: keeping them too would keep each one twice.
+# `low_rank` is an adapter's, where the decoder is lifted. Products without a
+# name are parts of these: kept too, each would be there twice.
 REMAT = {
-  'full': jax.checkpoint_policies.nothing_saveable,
-  'dots': jax.checkpoint_policies.save_only_these_names('product', 'low_rank'),
+  'full': _policies.nothing_saveable,
+  'dots': _policies.save_only_these_names('product', 'low_rank', KEPT),
 }
 
 
@@ -54,13 +57,14 @@ class Layer(nn.Module):
 
   config: DecoderConfig
   dtype: jnp.dtype
+  attend: Any
 
   @nn.compact
   def __call__(
     self,
     h: jax.Array,
     turns: ByReach | None,
-    seen: ByReach,
+    seen: ByReach | jax.Array | None,
     index: jax.Array | None,
     kinds: Kinds,
     cache: Cache | None,
@@ -72,7 +76,7 @@ class Layer(nn.Module):
     def norm(name: str, x: jax.Array) -> jax.Array:
       return make_norm(c, self.dtype, name)(x)
 
-    attention = Attention(c, self.dtype, name='attention')
+    attention = Attention(c, self.dtype, self.attend, name='attention')
     out, cache = attention(
       norm('attention_norm', h), turns, seen, kinds, cache, index
     )
@@ -90,14 +94,18 @@ class Decoder(nn.Module):
     config: Sizes and constants.
     dtype: What is computed in; parameters keep their own dtype.
     remat: 'none' keeps every activation for the backward pass, 'full' a
-      layer's input only, 'dots' the results of its linear layers too.
+      layer's input only, 'dots' the results of its linear layers and of
+      attention too.
     unroll: Layers a step of the scan over layers takes.
+    attend: How whole sequences are attended to; another is made by
+      `kernels.make_attend`.
   """
 
   config: DecoderConfig
   dtype: Any = jnp.float32
   remat: str = 'none'
   unroll: int = 1
+  attend: Any = attend_blockwise
 
   def setup(self) -> None:
     """Builds the parts; `hidden` and `logits` share the embedding."""
@@ -117,7 +125,7 @@ class Decoder(nn.Module):
       in_axes=(nn.broadcast, nn.broadcast, nn.broadcast, 0, 0),
       length=c.layers,
       unroll=self.unroll,
-    )(c, self.dtype)
+    )(c, self.dtype, self.attend)
     self.final_norm = make_norm(c, self.dtype)
     if not c.tie_embeddings:
       self.lm_head = nn.Dense(c.vocab_size, use_bias=False, dtype=self.dtype)
@@ -150,12 +158,9 @@ class Decoder(nn.Module):
     if positions is None:
       steps = jnp.arange(tokens.shape[1])[None]
       positions = jnp.broadcast_to(steps, tokens.shape)
-    if segment_ids is None:
-      segment_ids = jnp.zeros_like(tokens)
-    seen = masks_of(self.config, causal_mask(segment_ids))
     turns, kinds = turns_of(self.config, positions), kinds_of(self.config)
     h = self._embedded(tokens, positions)
-    h, _ = self.layers(h, turns, seen, None, kinds, None)
+    h, _ = self.layers(h, turns, segment_ids, None, kinds, None)
     return self.final_norm(h)
 
   def _embedded(self, tokens: jax.Array, positions: jax.Array) -> jax.Array:

@@ -87,6 +87,26 @@ def masks_of(
   return ByReach(None if every else mask, nearby)
 
 
+def reach_of(
+  config: DecoderConfig, local: jax.Array | None, length: int
+) -> jax.Array | int | None:
+  """Returns how many tokens a token sees in one layer, itself among them.
+
+  Args:
+    config: The decoder's.
+    local: From `Kinds`, of the layer.
+    length: The sequence's tokens.
+
+  Returns:
+    What `Sight` takes; None where the layer sees everything.
+  """
+  if not config.local_layers or length <= config.sliding_window:
+    return None
+  if _all_local(config):
+    return config.sliding_window
+  return jnp.where(local, config.sliding_window, length)
+
+
 def turns_of(
   config: DecoderConfig, positions: jax.Array, length: int | None = None
 ) -> ByReach | None:

@@ -16,6 +16,7 @@ import jax
 from jlora.core.quantized import is_quantized
 from jlora.core.tree import leaves_by_path
 from jlora.models.config import DecoderConfig
+from jlora.models.tiles import make_tiling
 from jlora.training.halves import Halves
 from jlora.training.run_spec import RunSpec
 
@@ -24,7 +25,8 @@ class Moment(NamedTuple):
   """A moment of a layer's backward pass that may be the largest.
 
   Attributes:
-    scores: Attention weights in float32.
+    scores: Attention scores in float32, those that are there at once. The
+      kernels of GPUs and TPUs hold none.
     inner: [tokens, mlp] arrays.
     kernels: Share of the layer's decoded or copied kernels.
   """
@@ -75,7 +77,7 @@ LIVE = {
   ),
   # Products and their neighbors are fused, and codes decoded one by one.
   'cuda': Live(
-    attention=Moment(2.2, 1),
+    attention=Moment(0, 1),
     mlp=Moment(1, 5),
     embed=4,
     heads=4,
@@ -85,7 +87,7 @@ LIVE = {
   ),
   # The planes of a kernel are decoded apart, then interleaved.
   'tpu': Live(
-    attention=Moment(3.3, 3, 0.5),
+    attention=Moment(0, 3, 0.5),
     mlp=Moment(0.7, 9),
     embed=4,
     heads=2,
@@ -124,7 +126,7 @@ def count_scratch(
   rows = spec.train.rows(mesh['data'] * mesh['fsdp'])
   length = spec.data.max_length
   tokens, cut = rows * length, mesh['tensor']
-  scores = 4 * tokens * length * c.heads // cut
+  scores = 4 * rows * make_tiling(length, None).scores * c.heads // cut
   inner = size * tokens * c.mlp_dim // cut
   kernels = _kernels(config, halves, live) / cut
   layer = max(

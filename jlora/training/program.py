@@ -10,8 +10,10 @@ from jax.sharding import Mesh
 from jlora.core.tree import leaves_by_path
 from jlora.data.batch import Batch
 from jlora.models import layout
+from jlora.models.blockwise import attend_blockwise
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
+from jlora.models.kernels import make_attend
 from jlora.parallel.mesh import by_example
 from jlora.training.halves import Halves
 from jlora.training.run_spec import RunSpec
@@ -43,12 +45,19 @@ def make_program(
   """
   of_frozen = halves.shardings.frozen(halves.frozen)
   of_state = halves.shardings.state(halves.state)
+  by_kernel = spec.train.attention == 'auto'
   loss_fn = make_loss(
-    Decoder(config, dtype=halves.dtype, remat=spec.train.remat),
+    Decoder(
+      config,
+      dtype=halves.dtype,
+      remat=spec.train.remat,
+      attend=make_attend(mesh) if by_kernel else attend_blockwise,
+    ),
     spec.lora,
     chunk=spec.train.loss_chunk,
     frozen_head=_head_is_frozen(halves.state.trainable, config),
     gather=halves.shardings.gather,
+    packed=spec.data.pack,
   )
   step = make_step(
     loss_fn,

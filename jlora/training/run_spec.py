@@ -15,6 +15,7 @@ from jlora.training.data_spec import DataSpec
 from jlora.training.optimizers import OptimSpec
 
 REMAT = ('none', 'dots', 'full')
+ATTENTION = ('auto', 'blockwise')
 DTYPES = ('auto', 'float32', 'bfloat16')
 
 
@@ -28,7 +29,9 @@ class TrainSpec:
     steps: Updates; None where `epochs` says it.
     epochs: Passes over the data; None where `steps` says it.
     remat: What is kept for the backward pass: 'none' everything, 'dots' the
-      results of linear layers, 'full' a layer's input.
+      results of linear layers and of attention, 'full' a layer's input.
+    attention: 'blockwise' everywhere, or 'auto': on GPUs and TPUs by the kernel
+      that fits; see `jlora.models.kernels`.
     dtype: What the base computes in; 'auto' is float32 on CPU, else bfloat16.
     checkpoint_every: Steps between checkpoints.
     loss_chunk: Tokens whose logits exist at once.
@@ -40,6 +43,7 @@ class TrainSpec:
   steps: int | None = None
   epochs: float | None = None
   remat: str = 'full'
+  attention: str = 'auto'
   dtype: str = 'auto'
   checkpoint_every: int = 20
   loss_chunk: int = 256
@@ -71,7 +75,7 @@ class TrainSpec:
       raise ConfigError(
         f'train.steps or epochs is {length}; it must be above 0 and finite'
       )
-    choose('train', self, remat=REMAT, dtype=DTYPES)
+    choose('train', self, remat=REMAT, dtype=DTYPES, attention=ATTENTION)
 
   def rows(self, devices: int) -> int:
     """Returns the rows of a microbatch on each device.

@@ -29,6 +29,7 @@ def make_loss(
   chunk: int,
   frozen_head: bool,
   gather: Gather | None = None,
+  packed: bool = True,
 ) -> LossFn:
   """Returns the summed loss of a batch, as a function of both halves.
 
@@ -38,6 +39,8 @@ def make_loss(
     chunk: Tokens whose logits exist at once.
     frozen_head: Whether the leaf that makes logits is a constant.
     gather: As in `jlora.lift`.
+    packed: Whether a row may hold several examples. Of one, no token sees the
+      padding behind it.
   """
   apply = lift(model.apply, gather=gather)
 
@@ -52,7 +55,7 @@ def make_loss(
       {'params': params},
       batch.tokens,
       batch.positions,
-      batch.segment_ids,
+      batch.segment_ids if packed else None,
       method='hidden',
     )
     loss = summed_cross_entropy(

@@ -27,12 +27,13 @@ def test_a_run_is_compiled_once(planner, make_spec):
 def test_operations_are_those_of_the_products(planner, make_spec):
   """Kernels forward, again, and backward; the head and attention likewise.
 
-  The result of a layer's last product is not needed again.
+  The result of a layer's last product is not needed again. Attention's scores
+  are made again backward, and a quarter of them, above the diagonal, never.
   """
   spec = planner.prepare(make_spec(train__batch_size=1, lora__rank=1))
   tokens, layers = 256, 3
   kernels = 2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 512
-  attention = (2 + 2 + 4) * 2 * tokens * 128
+  attention = (2 + 2 + 5) * 2 * 3 * tokens // 4 * 128
   layer = 3 * 2 * kernels - 2 * 128 * 512 + attention
   expected = tokens * (layers * layer + 2 * 2 * 128 * 2048)
   assert expected < planner.flops(spec) < 1.1 * expected  # and the adapters
