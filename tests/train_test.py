@@ -246,8 +246,15 @@ def test_a_killed_run_continues_as_if_it_had_not_been(
   killed = commands.train_until(run, 31, signal.SIGKILL)
   assert killed.rc == -signal.SIGKILL
   assert load_last_state(run)[0] in ('25', '50', '75', '100')
-  assert commands.train(run).rc == 0
+  ended = commands.train(run, '--profile')  # which changes nothing
+  assert ended.rc == 0, ended.stderr
   assert_same_end(run, finished[0])
+  assert 'traced steps' in ended.stdout
+  assert list(run.glob('profile/plugins/profile/*/perfetto_trace.json.gz'))
+
+
+def test_a_profile_that_is_no_yes_or_no_is_refused(commands, tmp_path):
+  assert_refused(commands.train(tmp_path, '--profile=5'), '--profile=5')
 
 
 SHORT = (

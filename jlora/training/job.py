@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
 from rich.console import Console
 
@@ -34,7 +33,7 @@ from jlora.parallel.mesh import by_example, make_mesh
 from jlora.parallel.shardings import Shardings
 from jlora.training.footprint import Footprint, measure
 from jlora.training.halves import abstract_halves, load_halves
-from jlora.training.optimizers import make_schedule
+from jlora.training.optimizers import learning_rates
 from jlora.training.program import abstract_batch, make_program
 from jlora.training.requirements import (
   as_stored,
@@ -65,7 +64,7 @@ class Job:
     evaluate: (trainable, frozen, batch) -> (summed loss, tokens).
     apply: The lifted decoder, for generation.
     dtype: What the base computes in.
-    schedule: Learning rate by step.
+    rates: Learning rates [steps].
     description: What is trained, quantized and frozen.
     shardings: Where the parameters lie.
     footprint: Parameters and bytes.
@@ -85,7 +84,7 @@ class Job:
   evaluate: Callable[..., Any]
   apply: Callable[..., Any]
   dtype: Any
-  schedule: optax.Schedule
+  rates: np.ndarray
   description: Description
   shardings: Shardings
   footprint: Footprint
@@ -201,7 +200,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
       Decoder(base.config, dtype=dtype).apply, gather=halves.shardings.gather
     ),
     dtype=dtype,
-    schedule=make_schedule(spec.optim, steps),
+    rates=learning_rates(spec.optim, steps),
     description=description,
     shardings=halves.shardings,
     footprint=measure(
