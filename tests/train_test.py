@@ -99,6 +99,19 @@ def test_the_summary_counts_what_was_trained(finished):
   assert summary['trained_tokens'] == tokens
 
 
+def test_the_summary_says_what_a_token_takes_and_how_fast_that_went(finished):
+  summary = json.loads((finished[0] / 'summary.json').read_text())
+  found = summary['flops']
+  kernels = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 320 * 64
+  model = 4 * kernels + 6 * summary['trainable_params']
+  assert found['model_per_token'] == model
+  assert found['model_per_s'] == model * summary['tokens_per_s']
+  assert found['hardware_per_step'] > model * 4 * 64  # layers run again
+  assert found['mfu'] is None  # of a CPU
+  assert f'{summary["tokens_per_s"]:,.0f} tokens/s' in finished[1].stdout
+  assert 'hardware FLOPs' in finished[1].stdout
+
+
 def test_config_json_has_sorted_keys(finished):
   text = (finished[0] / 'config.json').read_text()
   fields = json.loads(text)

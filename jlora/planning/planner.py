@@ -17,12 +17,12 @@ from jlora.parallel.topology import devices_of
 from jlora.planning.collectives import moved_bytes
 from jlora.planning.counting import count_gradients, count_scratch
 from jlora.planning.estimate import Estimate
-from jlora.planning.traced import count_flops, count_kept
 from jlora.training.footprint import ON_HOST, bytes_by_part, compiled_peak
 from jlora.training.halves import Halves, abstract_halves
 from jlora.training.program import abstract_batch, make_program
 from jlora.training.requirements import check_rows, resolve
 from jlora.training.run_spec import MeshSpec, RunSpec
+from jlora.training.traced import count_flops, count_kept
 
 _STEPS = 1000  # of the schedule, where a run is as long as its data
 _REFUSED = re.compile(

@@ -31,6 +31,7 @@ from jlora.parallel import processes
 from jlora.parallel.devices import compute_dtype
 from jlora.parallel.mesh import by_example, make_mesh
 from jlora.parallel.shardings import Shardings
+from jlora.training.flops import Work, work_of
 from jlora.training.footprint import Footprint, measure
 from jlora.training.halves import abstract_halves, load_halves
 from jlora.training.optimizers import learning_rates
@@ -68,6 +69,7 @@ class Job:
     description: What is trained, quantized and frozen.
     shardings: Where the parameters lie.
     footprint: Parameters and bytes.
+    work: Operations of an update.
   """
 
   spec: RunSpec
@@ -88,6 +90,7 @@ class Job:
   description: Description
   shardings: Shardings
   footprint: Footprint
+  work: Work
 
   @property
   def origin(self) -> dict[str, str]:
@@ -174,7 +177,8 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   halves = abstract_halves(spec, base.config, dtype, mesh, steps)
   program = make_program(spec, base.config, halves, mesh)
   batch = abstract_batch(spec, mesh)
-  compiled = program.step.lower(halves.state, halves.frozen, batch).compile()
+  traced = program.step.trace(halves.state, halves.frozen, batch)
+  compiled = traced.lower().compile()
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
   halves = load_halves(spec, base, halves, starts)
@@ -206,6 +210,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
     footprint=measure(
       halves.frozen, halves.state, compiled, trained=description.parameters
     ),
+    work=work_of(base.config, halves, traced.jaxpr, batch.tokens.shape),
   )
 
 

@@ -77,7 +77,8 @@ def _run(
   console.print(str(job.description), markup=False)
   if job.shardings.mesh.size > 1:
     show_table(console, job.shardings.title(), job.shardings.rows())
-  show_table(console, 'one training step', job.footprint.rows())
+  rows = [*job.footprint.rows(), *job.work.rows()]
+  show_table(console, 'one training step', rows)
   progress, metrics = _start(spec, job, folder, checkpoints, console)
   trace = Trace(traces, progress.step, job.steps, console.print)
   if not _advance(job, folder, checkpoints, progress, metrics, console, trace):
@@ -264,9 +265,11 @@ def _finish(
   name = 'adapter' if job.spec.is_adapter else 'model'
   artifacts.save_trained(job, folder, name, trainable, progress.step)
   artifacts.write_samples(job, folder, progress.texts, answers.texts)
-  artifacts.write_summary(job, folder, progress, metrics, after)
+  speed = artifacts.write_summary(job, folder, progress, metrics, after)
   for line in job.loader.lines():
     console.print(line, markup=False)
+  if speed is not None:
+    console.print(job.work.sentence(speed))
   console.print(f'base:  {evaluation.sentence(before)}')
   console.print(f'tuned: {evaluation.sentence(after)}')
   console.print(f'written to {folder.root.absolute()}')

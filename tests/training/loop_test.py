@@ -68,6 +68,7 @@ def world(monkeypatch):
         mesh=make_mesh(devices=jax.devices()[:1])
       ),
       footprint=types.SimpleNamespace(rows=lambda: []),
+      work=types.SimpleNamespace(rows=lambda: []),
     )
     job.check_origin = functools.partial(Job.check_origin, job)
     return job

@@ -1,4 +1,4 @@
-"""Facts of jlora.planning.traced."""
+"""Facts of jlora.training.traced."""
 
 import math
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jlora.planning.traced import count_flops, count_kept
+from jlora.training.traced import count_flops, count_kept
 
 X, W = jnp.zeros((3, 4)), jnp.zeros((4, 5))
 ONE = 2 * 3 * 4 * 5
