@@ -81,7 +81,7 @@ def _run(
   show_table(console, 'one training step', rows)
   progress, metrics = _start(spec, job, folder, checkpoints, console)
   trace = Trace(traces, progress.step, job.steps, console.print)
-  if not _advance(job, folder, checkpoints, progress, metrics, console, trace):
+  if not advance(job, folder, checkpoints, progress, metrics, console, trace):
     return False
   _finish(job, folder, progress, metrics, console)
   return True
@@ -153,7 +153,7 @@ def _measure_base(
   return Progress(job.state, before, texts, eval_loss=loss), metrics
 
 
-def _advance(
+def advance(
   job: Job,
   folder: RunFolder,
   checkpoints: RunCheckpoints,
@@ -165,7 +165,21 @@ def _advance(
   """Stage 4: returns whether the last step was reached.
 
   The devices are a step ahead of what is logged, but where something reads
-  what they made: an evaluation, a checkpoint, the edge of a trace.
+  what they made: an evaluation, a checkpoint, the edge of a trace. Several
+  processes wait for each step, after which they ask each other for signals.
+
+  Args:
+    job: The run.
+    folder: Its folder.
+    checkpoints: Its checkpoints.
+    progress: Where it stands; moved on.
+    metrics: Its metrics.
+    console: Where progress is shown.
+    trace: Of some steps, or of none.
+
+  Raises:
+    DataError: A batch cannot be read; the steps before it were saved.
+    NonFiniteError: Too many updates in a row were not finite.
   """
   spec = job.spec
   with (
