@@ -3,6 +3,7 @@ r"""Trains: `python -m jlora.train --config=experiments/qlora.py`.
   --config=FILE            an experiment with get_config()
   --config.SECTION.FIELD=  changes one field of it
   --workdir=DIR            the run's folder; default runs/<name of the config>
+  --profile                traces a few steps into profile/ of that folder
 
 The same command again continues a run that was stopped.
 
@@ -19,6 +20,7 @@ from jlora import config, door
 
 _CONFIG = config_flags.DEFINE_config_file('config', help_string='Experiment.')
 _WORKDIR = flags.DEFINE_string('workdir', None, 'Folder of the run.')
+_PROFILE = flags.DEFINE_bool('profile', False, 'Trace a few steps.')
 _DISTRIBUTED = flags.DEFINE_bool('distributed', False, 'Find other processes.')
 _COORDINATOR = flags.DEFINE_string(
   'coordinator', None, 'HOST:PORT of the first process.'
@@ -43,7 +45,8 @@ def main() -> int:
   console = Console(
     soft_wrap=True, highlight=False, quiet=not processes.is_first()
   )
-  ended = train(spec, _WORKDIR.value or door.default_workdir(_CONFIG), console)
+  workdir = _WORKDIR.value or door.default_workdir(_CONFIG)
+  ended = train(spec, workdir, console, profile=_PROFILE.value)
   return 0 if ended else door.INTERRUPTED
 
 

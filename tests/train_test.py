@@ -99,6 +99,19 @@ def test_the_summary_counts_what_was_trained(finished):
   assert summary['trained_tokens'] == tokens
 
 
+def test_the_summary_says_what_a_token_takes_and_how_fast_that_went(finished):
+  summary = json.loads((finished[0] / 'summary.json').read_text())
+  found = summary['flops']
+  kernels = 2 * (2 * 64 * 64 + 2 * 64 * 32 + 3 * 64 * 128) + 320 * 64
+  model = 4 * kernels + 6 * summary['trainable_params']
+  assert found['model_per_token'] == model
+  assert found['model_per_s'] == model * summary['tokens_per_s']
+  assert found['hardware_per_step'] > model * 4 * 64  # layers run again
+  assert found['mfu'] is None  # of a CPU
+  assert f'{summary["tokens_per_s"]:,.0f} tokens/s' in finished[1].stdout
+  assert 'hardware FLOPs' in finished[1].stdout
+
+
 def test_config_json_has_sorted_keys(finished):
   text = (finished[0] / 'config.json').read_text()
   fields = json.loads(text)
@@ -246,8 +259,15 @@ def test_a_killed_run_continues_as_if_it_had_not_been(
   killed = commands.train_until(run, 31, signal.SIGKILL)
   assert killed.rc == -signal.SIGKILL
   assert load_last_state(run)[0] in ('25', '50', '75', '100')
-  assert commands.train(run).rc == 0
+  ended = commands.train(run, '--profile')  # which changes nothing
+  assert ended.rc == 0, ended.stderr
   assert_same_end(run, finished[0])
+  assert 'traced steps' in ended.stdout
+  assert list(run.glob('profile/plugins/profile/*/perfetto_trace.json.gz'))
+
+
+def test_a_profile_that_is_no_yes_or_no_is_refused(commands, tmp_path):
+  assert_refused(commands.train(tmp_path, '--profile=5'), '--profile=5')
 
 
 SHORT = (

@@ -25,6 +25,8 @@ class Estimate:
     compiled: Whether a compiler said so; else it is counted.
     refused: Whether the compiler gave up for lack of memory; `peak` is then
       what it asked for.
+    written: Bytes of dense kernels that a device writes to its memory in a
+      step, by dtype: what decoding costs beside the products.
   """
 
   machine: Machine
@@ -33,6 +35,7 @@ class Estimate:
   moved: dict[str, int]
   compiled: bool
   refused: bool = False
+  written: dict[str, int] = dataclasses.field(default_factory=dict)
 
   @property
   def headroom(self) -> int:
@@ -58,6 +61,8 @@ class Estimate:
       yield part, f'{size / GIB:,.2f} GiB'
     how = 'compiled peak' if self.compiled else 'counted peak (not compiled)'
     yield how, f'{self.peak / GIB:,.2f} GiB'
+    for dtype, size in self.written.items():
+      yield f'kernels decoded, {dtype}', f'{size / GIB:,.2f} GiB written a step'
     yield 'usable', f'{self.machine.usable / GIB:,.2f} GiB'
     yield 'verdict', self.verdict()
     if self.machine.devices > 1:

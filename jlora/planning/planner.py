@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh
 
+from jlora.core.quantized import is_quantized
 from jlora.errors import ConfigError, MissingCompilerError
 from jlora.models.config import DecoderConfig
 from jlora.parallel.devices import compute_dtype
@@ -17,12 +18,13 @@ from jlora.parallel.topology import devices_of
 from jlora.planning.collectives import moved_bytes
 from jlora.planning.counting import count_gradients, count_scratch
 from jlora.planning.estimate import Estimate
-from jlora.planning.traced import count_flops, count_kept
+from jlora.planning.written import written_kernels
 from jlora.training.footprint import ON_HOST, bytes_by_part, compiled_peak
 from jlora.training.halves import Halves, abstract_halves
 from jlora.training.program import abstract_batch, make_program
 from jlora.training.requirements import check_rows, resolve
 from jlora.training.run_spec import MeshSpec, RunSpec
+from jlora.training.traced import count_flops, count_kept
 
 _STEPS = 1000  # of the schedule, where a run is as long as its data
 _REFUSED = re.compile(
@@ -208,8 +210,15 @@ class Planner:
     rest = peak - sum(parts.values())  # below zero, some was not kept
     parts['activations'] += min(rest, 0)
     parts['scratch'] = max(rest, 0)
-    moved = moved_bytes(compiled.as_text())
-    return Estimate(self.machine, parts, peak, moved, True)
+    text = compiled.as_text()
+    return Estimate(
+      self.machine,
+      parts,
+      peak,
+      moved_bytes(text),
+      True,
+      written=written_kernels(text, _kernels(halves)),
+    )
 
   def can_compile(self, spec: RunSpec) -> bool:
     """Whether there is a compiler, and it knows all memories of a run.
@@ -239,6 +248,18 @@ class Planner:
     parts['gradients'] = count_gradients(spec, parts['trainable'])
     parts['activations'] = self._count_kept(spec)
     return parts
+
+
+def _kernels(halves: Halves) -> set[tuple[int, int]]:
+  """Returns [in, out] of what is stored quantized, whole and cut."""
+  leaves = jax.tree.leaves(halves.frozen, is_leaf=is_quantized)
+  whole = {x.shape[-2:] for x in leaves if is_quantized(x)}
+  cut = halves.shardings.mesh.shape['tensor']
+  return {
+    sides
+    for n, out in whole
+    for sides in ((n, out), (n // cut, out), (n, out // cut))
+  }
 
 
 def _asked(error: Exception, least: int, usable: int) -> int:

@@ -155,6 +155,7 @@ def _record(
     'usable': estimate.machine.usable,
     'fits': estimate.fits,
     'moved': estimate.moved,
+    'written': estimate.written,
     'config': json.loads(spec.to_json()),
     'said': [list(row) for row in rows],
   }

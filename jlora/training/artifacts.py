@@ -114,7 +114,7 @@ def write_summary(
   progress: Progress,
   metrics: MetricsFile,
   after: Mapping[str, float],
-) -> None:
+) -> float | None:
   """Writes loss.png, then summary.json, which says that the run is complete.
 
   Args:
@@ -123,11 +123,15 @@ def write_summary(
     progress: Where it ended.
     metrics: Its metrics.
     after: Scores of the tuned model.
+
+  Returns:
+    Tokens a second, the median of all steps, padding left out; None where the
+    process does not write.
   """
   if not folder.writes:
-    return
+    return None
   lines = metrics.read()
-  steps = [x['step_seconds'] for x in lines if 'step_seconds' in x]
+  speed = _median(lines, 'tokens_per_s')
   fields = {
     'base': job.base.name,
     'base_model': progress.before,
@@ -137,13 +141,15 @@ def write_summary(
     'compiled_peak_bytes': job.footprint.compiled_peak,
     'data': dataclasses.asdict(job.data.report),
     'data_digest': job.digest,
+    'flops': job.work.fields(speed),
     'frozen_params': job.footprint.frozen_params,
     'lost_metrics': metrics.lost,
     'process_peak_bytes': process_peak(),
     'quantization': quantization(job),
     'skipped_updates': progress.skipped,
-    'step_seconds': statistics.median(steps) if steps else None,
+    'step_seconds': _median(lines, 'step_seconds'),
     'steps': progress.step,
+    'tokens_per_s': speed,
     'trainable_params': job.footprint.trainable_params,
     'trained_tokens': progress.trained_tokens,
     'tuned_model': after,
@@ -154,6 +160,13 @@ def write_summary(
   except OSError as error:
     warnings.warn(f'loss.png could not be drawn: {error}', stacklevel=2)
   folder.write('summary.json', report.to_json(fields))
+  return speed
+
+
+def _median(lines: Sequence[Mapping[str, Any]], name: str) -> float | None:
+  """Returns the median of a field over the lines that have it."""
+  found = [x[name] for x in lines if name in x]
+  return statistics.median(found) if found else None
 
 
 def process_peak() -> int:

@@ -27,15 +27,12 @@ class Footprint:
       and scratch, the compiler's temporary buffers, gradients included.
     compiled_peak: Bytes at the peak of one step: arguments + temporary
       buffers + results - buffers shared by both.
-    flops: Of one step as the compiler counts them; a scanned layer counts
-      once.
   """
 
   frozen_params: int
   trainable_params: int
   bytes: dict[str, int]
   compiled_peak: int
-  flops: float
 
   def rows(self) -> Iterator[tuple[str, str]]:
     """Yields the lines of the table that is printed before the first step."""
@@ -69,7 +66,6 @@ def measure(
       'scratch of a step': memory.temp_size_in_bytes,
     },
     compiled_peak=compiled_peak(compiled),
-    flops=float((compiled.cost_analysis() or {}).get('flops', 0.0)),
   )
 
 

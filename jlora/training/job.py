@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-import optax
 from jax.sharding import NamedSharding
 from rich.console import Console
 
@@ -32,9 +31,10 @@ from jlora.parallel import processes
 from jlora.parallel.devices import compute_dtype
 from jlora.parallel.mesh import by_example, make_mesh
 from jlora.parallel.shardings import Shardings
+from jlora.training.flops import Work, work_of
 from jlora.training.footprint import Footprint, measure
 from jlora.training.halves import abstract_halves, load_halves
-from jlora.training.optimizers import make_schedule
+from jlora.training.optimizers import learning_rates
 from jlora.training.program import abstract_batch, make_program
 from jlora.training.requirements import (
   as_stored,
@@ -65,10 +65,11 @@ class Job:
     evaluate: (trainable, frozen, batch) -> (summed loss, tokens).
     apply: The lifted decoder, for generation.
     dtype: What the base computes in.
-    schedule: Learning rate by step.
+    rates: Learning rates [steps].
     description: What is trained, quantized and frozen.
     shardings: Where the parameters lie.
     footprint: Parameters and bytes.
+    work: Operations of an update.
   """
 
   spec: RunSpec
@@ -85,10 +86,11 @@ class Job:
   evaluate: Callable[..., Any]
   apply: Callable[..., Any]
   dtype: Any
-  schedule: optax.Schedule
+  rates: np.ndarray
   description: Description
   shardings: Shardings
   footprint: Footprint
+  work: Work
 
   @property
   def origin(self) -> dict[str, str]:
@@ -175,7 +177,8 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   halves = abstract_halves(spec, base.config, dtype, mesh, steps)
   program = make_program(spec, base.config, halves, mesh)
   batch = abstract_batch(spec, mesh)
-  compiled = program.step.lower(halves.state, halves.frozen, batch).compile()
+  traced = program.step.trace(halves.state, halves.frozen, batch)
+  compiled = traced.lower().compile()
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
   halves = load_halves(spec, base, halves, starts)
@@ -201,12 +204,13 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
       Decoder(base.config, dtype=dtype).apply, gather=halves.shardings.gather
     ),
     dtype=dtype,
-    schedule=make_schedule(spec.optim, steps),
+    rates=learning_rates(spec.optim, steps),
     description=description,
     shardings=halves.shardings,
     footprint=measure(
       halves.frozen, halves.state, compiled, trained=description.parameters
     ),
+    work=work_of(base.config, halves, traced.jaxpr, batch.tokens.shape),
   )
 
 

@@ -21,13 +21,18 @@ from jlora.parallel.devices import warn_of_idle_gpu
 from jlora.training import artifacts, evaluation
 from jlora.training.console import Ticker, show_table
 from jlora.training.job import Job, build
+from jlora.training.profiling import Trace
 from jlora.training.progress import Progress
 from jlora.training.run_spec import RunSpec
 from jlora.training.signals import StopRequest
 
 
 def train(
-  spec: RunSpec, workdir: os.PathLike[str] | str, console: Console
+  spec: RunSpec,
+  workdir: os.PathLike[str] | str,
+  console: Console,
+  *,
+  profile: bool = False,
 ) -> bool:
   """Runs a run to its end, or continues one.
 
@@ -35,6 +40,8 @@ def train(
     spec: The resolved config.
     workdir: The run's folder.
     console: Where progress is shown.
+    profile: Whether a few steps are traced. Of several processes the first
+      traces its own devices.
 
   Returns:
     Whether the run ended; False where a signal stopped it after a checkpoint.
@@ -46,7 +53,7 @@ def train(
   with RunFolder(workdir, writes=processes.is_first()) as folder:
     folder.check_shared()
     with RunCheckpoints(folder.path('checkpoints')) as checkpoints:
-      return _run(spec, folder, checkpoints, console)
+      return _run(spec, folder, checkpoints, console, profile)
 
 
 def _run(
@@ -54,9 +61,13 @@ def _run(
   folder: RunFolder,
   checkpoints: RunCheckpoints,
   console: Console,
+  profile: bool,
 ) -> bool:
   """Goes through the stages; returns whether the run ended."""
+  traces = folder.path('profile') if profile and folder.writes else None
   if _is_complete(spec, folder, checkpoints, console):
+    if profile:
+      console.print('--profile: no step is left, so there is no trace')
     return True
   start = folder.path(START_FILE)
   continued = folder.has(START_FILE) and bool(checkpoints.steps())
@@ -66,9 +77,11 @@ def _run(
   console.print(str(job.description), markup=False)
   if job.shardings.mesh.size > 1:
     show_table(console, job.shardings.title(), job.shardings.rows())
-  show_table(console, 'one training step', job.footprint.rows())
+  rows = [*job.footprint.rows(), *job.work.rows()]
+  show_table(console, 'one training step', rows)
   progress, metrics = _start(spec, job, folder, checkpoints, console)
-  if not _advance(job, folder, checkpoints, progress, metrics, console):
+  trace = Trace(traces, progress.step, job.steps, console.print)
+  if not advance(job, folder, checkpoints, progress, metrics, console, trace):
     return False
   _finish(job, folder, progress, metrics, console)
   return True
@@ -140,38 +153,82 @@ def _measure_base(
   return Progress(job.state, before, texts, eval_loss=loss), metrics
 
 
-def _advance(
+def advance(
   job: Job,
   folder: RunFolder,
   checkpoints: RunCheckpoints,
   progress: Progress,
   metrics: MetricsFile,
   console: Console,
+  trace: Trace,
 ) -> bool:
-  """Stage 4: returns whether the last step was reached."""
+  """Stage 4: returns whether the last step was reached.
+
+  The devices are a step ahead of what is logged, but where something reads
+  what they made: an evaluation, a checkpoint, the edge of a trace. Several
+  processes wait for each step, after which they ask each other for signals.
+
+  Args:
+    job: The run.
+    folder: Its folder.
+    checkpoints: Its checkpoints.
+    progress: Where it stands; moved on.
+    metrics: Its metrics.
+    console: Where progress is shown.
+    trace: Of some steps, or of none.
+
+  Raises:
+    DataError: A batch cannot be read; the steps before it were saved.
+    NonFiniteError: Too many updates in a row were not finite.
+  """
   spec = job.spec
-  with StopRequest() as stop, Ticker(console, job.steps, progress.step) as bar:
+  with (
+    StopRequest() as stop,
+    Ticker(console, job.steps, progress.step) as bar,
+    trace,
+  ):
+    trace.begin(progress.step)
     while progress.step < job.steps:
       try:
-        line = progress.update(job)
+        progress.start(job)
       except DataError:
+        _log(job, progress, metrics, bar, running=0)
         if not processes.are_several() and progress.step:  # of one, others wait
           _save(job, checkpoints, progress)
         raise
+      _log(job, progress, metrics, bar, running=1)
       step, last = progress.step, progress.step == job.steps
       # Read once, by all: it may turn true at any time, in any process.
-      stopping = processes.any_of(stop.requested)
-      if last or step % spec.log.every == 0:
-        metrics.append(line)
-        bar.tick(line)
-      if last or step % spec.eval.every == 0:
+      stopping = last or processes.any_of(stop.requested)
+      measures = last or step % spec.eval.every == 0
+      saves = stopping or step % spec.train.checkpoint_every == 0
+      if measures or saves or trace.is_edge(step):
+        _log(job, progress, metrics, bar, running=0)
+      trace.end(step)
+      if measures:
         bar.say(_evaluate(job, folder, progress, metrics))
-      if last or stopping or step % spec.train.checkpoint_every == 0:
+      if saves:
         _save(job, checkpoints, progress)
       if stopping and not last:
         bar.say(f'stopped after step {step}; the same command continues')
         return False
+      trace.begin(step)
   return True
+
+
+def _log(
+  job: Job,
+  progress: Progress,
+  metrics: MetricsFile,
+  bar: Ticker,
+  *,
+  running: int,
+) -> None:
+  """Writes down the updates that are done, but for some of the latest."""
+  for line in progress.finished(job, running=running):
+    if line['step'] == job.steps or line['step'] % job.spec.log.every == 0:
+      metrics.append(line)
+      bar.tick(line)
 
 
 def _save(job: Job, checkpoints: RunCheckpoints, progress: Progress) -> None:
@@ -222,9 +279,11 @@ def _finish(
   name = 'adapter' if job.spec.is_adapter else 'model'
   artifacts.save_trained(job, folder, name, trainable, progress.step)
   artifacts.write_samples(job, folder, progress.texts, answers.texts)
-  artifacts.write_summary(job, folder, progress, metrics, after)
+  speed = artifacts.write_summary(job, folder, progress, metrics, after)
   for line in job.loader.lines():
     console.print(line, markup=False)
+  if speed is not None:
+    console.print(job.work.sentence(speed))
   console.print(f'base:  {evaluation.sentence(before)}')
   console.print(f'tuned: {evaluation.sentence(after)}')
   console.print(f'written to {folder.root.absolute()}')

@@ -4,6 +4,8 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jlora.core.combination import labels
@@ -93,6 +95,19 @@ def make_schedule(spec: OptimSpec, steps: int) -> optax.Schedule:
   return optax.join_schedules(
     [lambda step: rise(step + 1), rest], boundaries=[warmup]
   )
+
+
+def learning_rates(spec: OptimSpec, steps: int) -> np.ndarray:
+  """Returns the learning rate of every step [steps].
+
+  They are computed at once: asked for one, devices that are busy with an
+  update would answer after it.
+
+  Args:
+    spec: Peak, shape and warmup.
+    steps: Steps of the whole run.
+  """
+  return np.asarray(jax.vmap(make_schedule(spec, steps))(jnp.arange(steps)))
 
 
 def make_optimizer(

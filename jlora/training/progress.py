@@ -1,8 +1,14 @@
-"""Where a run stands, and the one update that moves it on."""
+"""Where a run stands, and the updates that move it on.
 
+Devices compute an update while the host prepares the next one and writes down
+the one before: `start` hands an update over, `finished` waits for its numbers.
+"""
+
+import collections
 import dataclasses
 import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -10,6 +16,23 @@ import jax
 from jlora.core.state import TrainState
 from jlora.errors import NonFiniteError
 from jlora.training.job import Job
+
+
+@dataclasses.dataclass(frozen=True)
+class _Update:
+  """An update that was handed to the devices.
+
+  Attributes:
+    step: Updates before it.
+    tokens: Places of its batch that hold a token.
+    began: When its batch was asked for.
+    measured: What the step returns beside the state.
+  """
+
+  step: int
+  tokens: int
+  began: float
+  measured: dict[str, Any]
 
 
 @dataclasses.dataclass
@@ -38,46 +61,70 @@ class Progress:
   skipped: int = 0
   skipped_in_a_row: int = 0
 
+  def __post_init__(self) -> None:
+    """Reads the step, which later would wait for the devices."""
+    self._step = int(self.state.step)
+    self._running: collections.deque[_Update] = collections.deque()
+    self._finished_at = -math.inf
+
   @property
   def step(self) -> int:
-    """Updates so far."""
-    return int(self.state.step)
+    """Updates so far, those included that the devices still compute."""
+    return self._step
 
   def record(self) -> dict[str, Any]:
-    """Returns all but the state, as JSON values."""
+    """Returns all but the state, as JSON values; no update may be running."""
     names = (field.name for field in dataclasses.fields(self))
     return {name: getattr(self, name) for name in names if name != 'state'}
 
-  def update(self, job: Job) -> dict[str, Any]:
-    """Makes one update and returns its line of metrics.jsonl.
+  def start(self, job: Job) -> None:
+    """Hands the next update to the devices and does not wait for it.
 
     Args:
       job: The run.
 
     Raises:
+      DataError: Its batch cannot be read; nothing has changed then.
+    """
+    step, began = self._step, time.perf_counter()
+    with jax.profiler.StepTraceAnnotation('train', step_num=step + 1):
+      batch, tokens = job.batch(step), job.loader.tokens_in(step)
+      self.state, measured = job.step(self.state, job.frozen, batch)
+    self._step += 1
+    self._running.append(_Update(step, tokens, began, measured))
+
+  def finished(self, job: Job, *, running: int = 0) -> Iterator[dict[str, Any]]:
+    """Waits for updates and yields their lines of metrics.jsonl in order.
+
+    Args:
+      job: The run.
+      running: How many of the latest updates are not waited for.
+
+    Raises:
       NonFiniteError: More updates in a row than `train.max_skipped` were not
         finite. None of them was applied.
     """
-    step, skipped = self.step, self.skipped
-    began = time.perf_counter()
-    batch = job.batch(step)
-    self.state, measured = job.step(self.state, job.frozen, batch)
-    measured = jax.device_get(measured)
-    seconds = time.perf_counter() - began
-    self._count(measured, job.spec.train.max_skipped)
-    return {
-      'step': step + 1,
-      'loss': float(measured['loss']),
-      'tokens': int(measured['tokens']),
-      'grad_norm': float(measured['grad_norm']),
-      # A skipped update does not advance the schedule.
-      'learning_rate': float(job.schedule(step - skipped)),
-      'skipped': self.skipped,
-      'step_seconds': seconds,
-      'tokens_per_s': job.loader.tokens_in(step) / seconds,
-    }
+    while len(self._running) > running:
+      update = self._running.popleft()
+      measured = jax.device_get(update.measured)
+      # The devices began with it once they were done with the one before.
+      began = max(update.began, self._finished_at)
+      self._finished_at = time.perf_counter()
+      seconds, skipped = self._finished_at - began, self.skipped
+      self._count(update.step + 1, measured, job.spec.train.max_skipped)
+      yield {
+        'step': update.step + 1,
+        'loss': float(measured['loss']),
+        'tokens': int(measured['tokens']),
+        'grad_norm': float(measured['grad_norm']),
+        # A skipped update does not advance the schedule.
+        'learning_rate': float(job.rates[update.step - skipped]),
+        'skipped': self.skipped,
+        'step_seconds': seconds,
+        'tokens_per_s': update.tokens / seconds,
+      }
 
-  def _count(self, measured: dict[str, Any], most: int) -> None:
+  def _count(self, step: int, measured: dict[str, Any], most: int) -> None:
     if measured['finite']:
       self.skipped_in_a_row = 0
       self.trained_tokens += int(measured['tokens'])
@@ -87,6 +134,6 @@ class Progress:
     if self.skipped_in_a_row > most:
       raise NonFiniteError(
         f'loss or gradient was not finite in {self.skipped_in_a_row} updates'
-        f' up to step {self.step}, and none of them was applied; lower'
+        f' up to step {step}, and none of them was applied; lower'
         ' optim.learning_rate, or look at the data of these steps'
       )

@@ -2,7 +2,8 @@
 
 import pytest
 
-from jlora.planning.collectives import bytes_of, moved_bytes
+from jlora.planning.collectives import moved_bytes
+from jlora.planning.hlo import bytes_of
 
 # In XLA's notation: a loop of five gathers on their own and in a fusion, a
 # start with its end, and collectives outside.

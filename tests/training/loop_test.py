@@ -41,6 +41,8 @@ def world(monkeypatch):
     answered=0,
     sought=[],
     malformed=None,
+    folder=None,
+    logged=[],
   )
 
   def build(spec, console, starts):
@@ -59,13 +61,14 @@ def world(monkeypatch):
       ),
       batch=functools.partial(_batch, world),
       step=functools.partial(_step, world),
-      schedule=lambda step: spec.optim.learning_rate,
+      rates=[spec.optim.learning_rate] * spec.train.steps,
       description='',
       starts={},
       shardings=types.SimpleNamespace(
         mesh=make_mesh(devices=jax.devices()[:1])
       ),
       footprint=types.SimpleNamespace(rows=lambda: []),
+      work=types.SimpleNamespace(rows=lambda: []),
     )
     job.check_origin = functools.partial(Job.check_origin, job)
     return job
@@ -107,6 +110,7 @@ def _batch(world, step):
 def _step(world, state, frozen, batch):
   """Adds a tenth, and leaves trainable and optimizer alone if it is bad."""
   number = int(state.step) + 1
+  world.logged.append(len(trained_in(world.folder)))
   assert batch.step == number - 1  # the data follows the step
   if number == world.stop_at:
     os.kill(os.getpid(), signal.SIGTERM)
@@ -125,7 +129,9 @@ def _step(world, state, frozen, batch):
 def run(world, tmp_path, capsys):
   """Trains in the same folder; gives whether it ended and what it said."""
 
-  def train(steps=6, **sections):
+  world.folder = tmp_path / 'run'
+
+  def train(steps=6, *, profile=False, **sections):
     sections = {
       'data': {'train': 'x.jsonl'},
       'eval': {'every': 3},
@@ -138,16 +144,24 @@ def run(world, tmp_path, capsys):
       },
     }
     console = Console(soft_wrap=True, highlight=False, width=200)
-    ended = loop.train(config.resolve(sections), tmp_path / 'run', console)
+    ended = loop.train(
+      config.resolve(sections), world.folder, console, profile=profile
+    )
     return ended, capsys.readouterr().out
 
-  train.folder = tmp_path / 'run'
+  train.folder = world.folder
   return train
 
 
 def lines_of(run):
   text = (run.folder / 'metrics.jsonl').read_text()
   return [json.loads(line) for line in text.splitlines()]
+
+
+def trained_in(folder):
+  """The lines of updates that were written so far."""
+  lines = map(json.loads, (folder / 'metrics.jsonl').read_text().splitlines())
+  return [line for line in lines if 'tokens' in line]
 
 
 def weight_after(steps):
@@ -163,6 +177,30 @@ def test_a_run_ends_with_what_its_steps_made(run, world):
   assert text == str([weight_after(6)] * 3)
   assert world.saved == [('best', 3), ('best', 6), ('adapter', 6)]
   assert world.answered == 2
+
+
+def test_devices_are_a_step_ahead_of_what_is_written(run, world):
+  run()
+  # A checkpoint after 2 and 4, an evaluation after 3: these wait.
+  assert world.logged == [0, 0, 2, 3, 4, 4]
+  assert [x['step'] for x in trained_in(run.folder)] == list(range(1, 7))
+
+
+def test_a_trace_begins_and_ends_with_nothing_running(run, world, monkeypatch):
+  calls = []
+  for name in ('start_trace', 'stop_trace'):
+    monkeypatch.setattr(
+      jax.profiler,
+      name,
+      lambda *_, name=name, **__: calls.append(
+        (name, len(trained_in(run.folder)))
+      ),
+    )
+  every = {'checkpoint_every': 100}
+  said = run(8, profile=True, train=every, eval={'every': 100})[1]
+  assert calls == [('start_trace', 2), ('stop_trace', 5)]
+  assert f'traced steps 3 to 5: open {run.folder}/profile/plugins' in said
+  assert 'no step is left' in run(8, profile=True, train=every)[1]
 
 
 def test_a_signal_saves_the_step_it_came_in(run, world):

@@ -12,7 +12,8 @@ def count_flops(jaxpr: Any) -> int:
 
   A product of [m, k] and [k, n] counts 2 m k n, as often as the loop around it
   runs; what is recomputed for a backward pass counts again. Everything else,
-  some percent of a decoder's, is left out.
+  some percent of a decoder's, is left out, and so is what a library does
+  within one primitive, such as cuDNN's attention.
 
   Args:
     jaxpr: Of a traced function; loops whose length is not known count once.
@@ -31,7 +32,7 @@ def count_flops(jaxpr: Any) -> int:
     if name == 'cond':
       total += max(inner)
     else:
-      total += sum(inner) * params.get('length', 1)
+      total += sum(inner) * _times(params)
   return total
 
 
@@ -55,6 +56,12 @@ def count_kept(jaxpr: Any, size: Callable[[Any], float]) -> float:
       most = max(most, sum(size(variable.aval) for variable in kept))
     most = max([most, *(count_kept(sub, size) for sub in _inner(params))])
   return most
+
+
+def _times(params: dict[str, Any]) -> int:
+  """Returns how often a scan, or the blocks of a Pallas kernel, are run."""
+  grid = getattr(params.get('grid_mapping'), 'grid', ())
+  return params.get('length', 1) * math.prod(grid)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

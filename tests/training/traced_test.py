@@ -1,12 +1,13 @@
-"""Facts of jlora.planning.traced."""
+"""Facts of jlora.training.traced."""
 
 import math
 
 import jax
 import jax.numpy as jnp
 import pytest
+from jax.experimental import pallas as pl
 
-from jlora.planning.traced import count_flops, count_kept
+from jlora.training.traced import count_flops, count_kept
 
 X, W = jnp.zeros((3, 4)), jnp.zeros((4, 5))
 ONE = 2 * 3 * 4 * 5
@@ -37,6 +38,26 @@ def branched(x, w):
 )
 def test_products_count_as_often_as_they_run(run, times):
   assert count_flops(jax.make_jaxpr(run)(X, W)) == times * ONE
+
+
+def test_a_pallas_kernel_counts_once_a_block():
+  def kernel(x, w, y):
+    y[...] = x[...] @ w[...]
+
+  def run(x, w):
+    return pl.pallas_call(
+      kernel,
+      out_shape=jax.ShapeDtypeStruct((12, 5), x.dtype),
+      grid=(4,),
+      in_specs=[
+        pl.BlockSpec((3, 4), lambda i: (i, 0)),
+        pl.BlockSpec((4, 5), lambda i: (0, 0)),
+      ],
+      out_specs=pl.BlockSpec((3, 5), lambda i: (i, 0)),
+    )(x, w)
+
+  x = jnp.zeros((12, 4))
+  assert count_flops(jax.make_jaxpr(run)(x, W)) == 4 * ONE
 
 
 def test_what_is_recomputed_counts_again():
