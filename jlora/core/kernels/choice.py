@@ -10,6 +10,7 @@ lowering rules alone. A step that is compiled ahead of time, for GPUs that are
 not here, so gets what it will get there.
 """
 
+import dataclasses
 import functools
 import math
 from collections.abc import Sequence
@@ -94,7 +95,7 @@ def multiply(way: Way, rows: jax.Array, kernel: QuantizedArray) -> jax.Array:
     [rows, out], or [rows, in], in `way.dtype`. Only the input has a derivative.
   """
   if kernel.gather is not None:
-    kernel = kernel.gather(kernel)
+    kernel = dataclasses.replace(kernel.gather(kernel), gather=None)
   return _bind(way, rows, kernel)
 
 
