@@ -31,13 +31,19 @@ def quantized(*shape, roles='in -> out', **fields):
 
 
 @pytest.fixture(scope='module')
-def kernel():
-  return quantized(IN, OUT)
+def kernel(quick_jit):
+  return quick_jit(lambda: quantized(IN, OUT))()
 
 
 @pytest.fixture(scope='module')
-def experts():
-  return quantized(4, IN, OUT, roles='experts | in -> out')
+def dense(quick_jit, kernel):
+  return quick_jit(decode_matrices)(kernel)
+
+
+@pytest.fixture(scope='module')
+def experts(quick_jit):
+  roles = 'experts | in -> out'
+  return quick_jit(lambda: quantized(4, IN, OUT, roles=roles))()
 
 
 @pytest.fixture(scope='module')
@@ -104,7 +110,8 @@ def test_other_products_are_decoded_first(case):
   shape, fields, given = OTHERS[case]
   x = jnp.zeros((given.pop('rows', ROWS), shape[0]))
   run = functools.partial(linear, **given)
-  assert calls(run, x, quantized(*shape, **fields)) == 0
+  kernel = jax.eval_shape(lambda: quantized(*shape, **fields))
+  assert calls(run, x, kernel) == 0
 
 
 def test_products_with_dense_kernels_are_as_they_were():
@@ -167,39 +174,49 @@ def _doubled(kernel):
   )
 
 
-def test_rows_that_are_mapped_are_more_rows(kernel, assert_near):
+def test_rows_that_are_mapped_are_more_rows(
+  kernel, dense, assert_near, quick_jit
+):
   x = normal(3, 2, 5, IN)
   mapped = jax.vmap(linear, (0, None))
-  assert_near(mapped(x, kernel), x @ decode_matrices(kernel))
+  assert_near(quick_jit(mapped)(x, kernel), x @ dense)
   assert calls(mapped, x, kernel) == 1
   many = jnp.zeros((choice.ROWS, 2, IN))
   assert calls(mapped, many, kernel) == 0
 
 
 @pytest.mark.parametrize('axis', [0, None])
-def test_kernels_that_are_mapped_stay_one_call(experts, axis, assert_near):
+def test_kernels_that_are_mapped_stay_one_call(
+  experts, axis, assert_near, quick_jit
+):
   x = normal(3, 4, 2, IN) if axis == 0 else normal(3, 2, IN)
   mapped = jax.vmap(linear, (axis, 0))
-  assert_near(mapped(x, experts), x @ decode_matrices(experts))
+  y, expected = quick_jit(lambda x, k: (mapped(x, k), x @ decode_matrices(k)))(
+    x, experts
+  )
+  assert_near(y, expected)
   assert calls(mapped, x, experts) == 1
 
 
-def test_rows_of_each_kernel_that_are_mapped_are_more_rows(experts):
+def test_rows_of_each_kernel_that_are_mapped_are_more_rows(
+  experts, assert_near, quick_jit
+):
   mapped = jax.vmap(jax.vmap(linear), (1, None), 1)
   x = normal(3, 4, 5, 2, IN)
   assert calls(mapped, x, experts) == 1
-  expected = x @ decode_matrices(experts)[:, None]
-  np.testing.assert_allclose(mapped(x, experts), expected, atol=1e-5)
+  y, expected = quick_jit(
+    lambda x, k: (mapped(x, k), x @ decode_matrices(k)[:, None])
+  )(x, experts)
+  assert_near(y, expected)
 
 
-def test_a_derivative_has_a_derivative(kernel, assert_near):
+def test_a_derivative_has_a_derivative(kernel, dense, assert_near, quick_jit):
   def size(run):
-    return lambda x: jnp.sum(jax.grad(lambda x: run(x))(x) ** 2)
+    return jax.grad(lambda x: jnp.sum(jax.grad(run)(x) ** 2))
 
-  dense = decode_matrices(kernel)
   x = normal(3, ROWS, IN)
-  ours = jax.grad(size(lambda x: loss(x, kernel)))(x)
-  theirs = jax.grad(size(lambda x: jnp.sum(jnp.sin(x @ dense))))(x)
+  ours = quick_jit(size(lambda x: loss(x, kernel)))(x)
+  theirs = quick_jit(size(lambda x: jnp.sum(jnp.sin(x @ dense))))(x)
   assert_near(ours, theirs)
 
 
