@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from jlora.core.axes import canonical_axes
+from jlora.core.kernels import choice
 from jlora.core.quantized import QuantizedArray, decode_matrices
 
 
@@ -160,8 +161,7 @@ def _forward(
   # The barrier is for the products alone. What is kept is `x` itself, so that
   # kernels with the same input keep it once between them.
   rows = jax.lax.optimization_barrier(_rows(x))
-  dense = _dense(kernel, settings.transposed)
-  y = _dot(rows, dense, settings.dtype, settings.precision)
+  y = _product(rows, kernel, settings)
   if adapter is None:
     return _unrows(y, x), (kernel, None, None, None)
   separate = branch is not None
@@ -177,8 +177,7 @@ def _backward(settings: Settings, saved: Any, g: jax.Array) -> tuple[Any, ...]:
   # Decode the codes again: the barrier keeps a compiler from sharing the
   # forward pass's dense kernel with this second use, which would keep it alive.
   rows, kernel = jax.lax.optimization_barrier((_rows(g), kernel))
-  dense = _dense(kernel, not settings.transposed)
-  dx = _dot(rows, dense, settings.x_dtype, settings.precision)
+  dx = _product(rows, kernel, settings, back=True)
   if adapter is None:
     dx = jax.lax.optimization_barrier(dx)
     return _unrows(dx, g), None, None, None
@@ -209,6 +208,18 @@ def _rows(x: jax.Array) -> jax.Array:
 def _unrows(rows: jax.Array, like: jax.Array) -> jax.Array:
   """Returns [rows, n] as [..., n], the leading axes being those of `like`."""
   return rows.reshape(*like.shape[:-1], rows.shape[-1])
+
+
+def _product(
+  rows: jax.Array, kernel: Kernel, settings: Settings, *, back: bool = False
+) -> jax.Array:
+  """Returns the frozen part of a result, or of the input's derivative."""
+  way = choice.Way(*settings)
+  way = way.back if back else way
+  if choice.takes(len(rows), kernel, way):
+    return choice.multiply(way, rows, kernel)
+  dense = _dense(kernel, way.transposed)
+  return _dot(rows, dense, way.dtype, way.precision)
 
 
 def _dense(kernel: Kernel, transposed: bool) -> jax.Array:
