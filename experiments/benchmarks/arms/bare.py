@@ -20,25 +20,21 @@ def run(work: Mapping[str, Any]) -> dict[str, Any]:
   frozen = weights.read_frozen(work.path, packed=work.quantized)
   trainable = weights.make_adapters(frozen, work.rank)
   state = model.start(trainable)
-  batches = [_batch(tokens) for tokens in work.batches]
+  batches = work.batches()
   step = model.make_step(sizes, training.LEARNING_RATE)
   shapes = training.shapes_of((trainable, state, frozen, batches[0]))
   compiled, figures = training.compile_step(step, *shapes)
 
   def advance(number: int) -> float:
     nonlocal trainable, state
-    trainable, state, loss = compiled(trainable, state, frozen, batches[number])
+    batch = jax.device_put(batches[number])
+    trainable, state, loss = compiled(trainable, state, frozen, batch)
     jax.block_until_ready(trainable)
     return float(loss)
 
-  figures |= work.timed(advance)
+  figures |= work.timed(advance, batches)
   figures['peak_bytes'] = worker.peak_bytes()
   return {**figures, **training.count_flops(step, *shapes)}
-
-
-def _batch(tokens: Any) -> dict[str, jax.Array]:
-  targets, mask = training.targets_of(tokens)
-  return jax.device_put({'tokens': tokens, 'targets': targets, 'mask': mask})
 
 
 if __name__ == '__main__':

@@ -37,23 +37,31 @@ def run(work: Mapping[str, Any]) -> dict[str, Any]:
   frozen, state = halves.frozen, halves.state
   del halves  # the state is donated
   placed = by_example(mesh)
-  batches = [
-    jax.device_put(make_batch(tokens), placed) for tokens in work.batches
-  ]
+  batches = work.batches()
 
   def advance(number: int) -> float:
     nonlocal state
-    state, metrics = compiled(state, frozen, batches[number])
+    batch = jax.device_put(make_batch(batches[number]), placed)
+    state, metrics = compiled(state, frozen, batch)
     jax.block_until_ready(state)
     return float(metrics['loss'])
 
-  figures |= work.timed(advance)
+  figures |= work.timed(advance, batches)
   figures['peak_bytes'] = worker.peak_bytes()
   return {**figures, **training.count_flops(program.step, *args)}
 
 
 def make_spec(work: training.Work) -> RunSpec:
   """Returns the run: AdamW with a constant rate, and no clipping.
+
+  Args:
+    work: What the arm is asked for.
+  """
+  return config.resolve(make_config(work))
+
+
+def make_config(work: training.Work) -> Any:
+  """Returns the config of `make_spec`.
 
   Args:
     work: What the arm is asked for.
@@ -75,20 +83,23 @@ def make_spec(work: training.Work) -> RunSpec:
     c.optim.learning_rate = training.LEARNING_RATE
     c.optim.schedule = 'constant'
     c.optim.clip = 0.0
-  return config.resolve(c)
+  return c
 
 
-def make_batch(tokens: np.ndarray) -> Batch:
-  """Returns a batch in which each row is one segment.
+def make_batch(fields: training.Fields) -> Batch:
+  """Returns a batch; where no segments are given, each row is one.
 
   Args:
-    tokens: int [batch, length].
+    fields: From `training.Work.batches`.
   """
-  targets, mask = training.targets_of(tokens)
-  positions = np.broadcast_to(
-    np.arange(tokens.shape[1], dtype=np.int32), tokens.shape
-  )
-  return Batch(tokens, targets, mask, np.ones_like(tokens), positions)
+  tokens = fields['tokens']
+  rows, length = tokens.shape
+  steps = np.arange(length, dtype=np.int32)
+  whole = {
+    'segment_ids': np.ones_like(tokens),
+    'positions': np.tile(steps, (rows, 1)),
+  }
+  return Batch(**{**whole, **fields})
 
 
 if __name__ == '__main__':

@@ -3,12 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import peft
 import torch
 import transformers
 
 from experiments.benchmarks.harness import training, worker
 
+IGNORED = -100  # a target that is not learned
 MODULES = [
   'q_proj',
   'k_proj',
@@ -28,14 +30,36 @@ def run(work: Mapping[str, Any]) -> dict[str, Any]:
   """
   work = training.Work(**work)
   model, optimizer = make_model(work)
-  batches = [torch.from_numpy(tokens).long() for tokens in work.batches]
+  batches = work.batches()
 
   def advance(number: int) -> float:
-    tokens = batches[number]
-    loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
-    return update(loss, optimizer)
+    inputs = make_inputs(batches[number], padded=work.data == 'padded')
+    return update(model(**inputs, use_cache=False).loss, optimizer)
 
-  return work.timed(advance)
+  return work.timed(advance, batches)
+
+
+def make_inputs(fields: training.Fields, *, padded: bool) -> dict[str, Any]:
+  """Returns what the model is called with.
+
+  Segments that share a row are told from each other by positions, without a
+  mask: transformers then sees where they begin again.
+
+  Args:
+    fields: From `training.Work.batches`.
+    padded: Whether each row is one segment with padding behind it.
+  """
+  targets = np.where(fields['loss_mask'] > 0, fields['targets'], IGNORED)
+  found = {
+    'input_ids': fields['tokens'],
+    'labels': targets,
+    'shift_labels': targets,
+  }
+  if padded:
+    found['attention_mask'] = fields['segment_ids'] > 0
+  elif 'positions' in fields:
+    found['position_ids'] = fields['positions']
+  return {name: torch.from_numpy(x).long() for name, x in found.items()}
 
 
 def make_model(work: training.Work) -> tuple[Any, torch.optim.Optimizer]:

@@ -26,21 +26,19 @@ def run(work: Mapping[str, Any]) -> dict[str, Any]:
   trainable, frozen = load(model, base.load_params(), work)
   tx = optax.adamw(training.LEARNING_RATE, weight_decay=0.0)
   state = tx.init(trainable)
-  batches = [
-    jax.device_put((tokens, *training.targets_of(tokens)))
-    for tokens in work.batches
-  ]
+  batches = work.batches()
   step = make_step(model, tx)
   shapes = training.shapes_of((trainable, state, frozen, batches[0]))
   compiled, figures = training.compile_step(step, *shapes)
 
   def advance(number: int) -> float:
     nonlocal trainable, state
-    trainable, state, loss = compiled(trainable, state, frozen, batches[number])
+    batch = jax.device_put(batches[number])
+    trainable, state, loss = compiled(trainable, state, frozen, batch)
     jax.block_until_ready(trainable)
     return float(loss)
 
-  figures |= work.timed(advance)
+  figures |= work.timed(advance, batches)
   figures['peak_bytes'] = worker.peak_bytes()
   return {**figures, **training.count_flops(step, *shapes)}
 
@@ -108,10 +106,12 @@ def make_step(model: Any, tx: optax.GradientTransformation) -> Any:
   """
 
   def loss_fn(trainable: Any, frozen: Any, batch: Any) -> jax.Array:
-    tokens, targets, mask = batch
+    mask = batch['loss_mask']
     params = traverse_util.unflatten_dict({**frozen, **trainable})
-    logits = model.apply({'params': params}, tokens)
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, targets)
+    logits = model.apply({'params': params}, batch['tokens'])
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch['targets']
+    )
     return jnp.sum(losses * mask) / mask.sum()
 
   def step(trainable: Any, state: Any, frozen: Any, batch: Any) -> Any:

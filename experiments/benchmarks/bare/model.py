@@ -64,14 +64,14 @@ class Adam(NamedTuple):
 
 def _norm(x: jax.Array, weight: jax.Array, eps: float) -> jax.Array:
   square = jnp.mean(x * x, axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(square + eps) * weight
+  return x * jax.lax.rsqrt(square + eps) * weight[None, None]
 
 
 def _angles(length: int, width: int, theta: float) -> tuple[jax.Array, ...]:
-  """Returns cosines and sines [length, 1, width / 2]."""
-  waves = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32) / width)
-  angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * waves
-  return jnp.cos(angles), jnp.sin(angles)
+  """Returns cosines and sines [1, length, 1, width / 2]."""
+  waves = theta ** (-jnp.arange(0, width, 2, dtype=jnp.float32)[None] / width)
+  angles = jnp.arange(length, dtype=jnp.float32)[:, None, None] * waves[None]
+  return jnp.cos(angles)[None], jnp.sin(angles)[None]
 
 
 def _rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
@@ -144,13 +144,13 @@ def hidden(
 def loss(
   trainable: Any, frozen: Any, batch: Mapping[str, jax.Array], sizes: Sizes
 ) -> jax.Array:
-  """Returns the mean loss of a batch with tokens, targets and mask."""
+  """Returns the mean loss of a batch with tokens, targets and loss_mask."""
   h = hidden(trainable, frozen, batch['tokens'], sizes)
   return mean_cross_entropy(
     h.reshape(-1, h.shape[-1]),
     frozen['embedding'],
     batch['targets'].reshape(-1),
-    batch['mask'].reshape(-1),
+    batch['loss_mask'].reshape(-1),
   )
 
 

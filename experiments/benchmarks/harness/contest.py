@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from experiments.benchmarks.harness import doors, rounds, sizes, training
+from experiments.benchmarks.harness.agreement import disagreements
 from experiments.benchmarks.harness.models import Model
 from experiments.benchmarks.harness.processes import Arm, Limits
 from experiments.benchmarks.harness.results import Column
@@ -37,8 +38,10 @@ COLUMNS = (
   Column('loss', 'first loss', digits=4),
 )
 TRIAL_STEPS = 2
-_PLACE = 'experiments.benchmarks.arms'
-_CLOSE = 1e-3  # how far a first loss of LoRA may lie from ours
+PLACE = 'experiments.benchmarks.arms'
+# How far first losses may lie from ours, as a share: scales are quantized
+# differently, or not at all.
+CLOSE = {'lora': 1e-4, 'qlora': 1e-2}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class Contest:
       arms += self._doubles(config, arms[0].work['remat'])
       work = {'rows': self.batch * self.length}
       work['kernels'] = list(sizes.kernels(config))
-      arms.append(Arm('matmul', f'{_PLACE}.matmul', work))
+      arms.append(Arm('matmul', f'{PLACE}.matmul', work))
       doors.run(dataclasses.replace(benchmark, tried=tried), arms, limits)
 
   def _write(self, model: Model, name: str) -> DecoderConfig:
@@ -147,7 +150,7 @@ class Contest:
         **changes,
       },
     )
-    return Arm(title or name, f'{_PLACE}.{module}', dataclasses.asdict(work))
+    return Arm(title or name, f'{PLACE}.{module}', dataclasses.asdict(work))
 
   def _choose(
     self, earlier: dict[str, Any], limits: Limits
@@ -193,20 +196,9 @@ class Contest:
       for record in found.records
       if record['arm'] == 'matmul'
     }
-    ours = next((r['loss'] for r in found.records if r['arm'] == OURS), None)
     for record in found.records:
-      name = record['arm']
-      if name not in ARMS:
-        continue
-      if rate := rates.get(record['round']):
+      rate = rates.get(record['round'])
+      if record['arm'] in ARMS and rate:
         record['share'] = needed / record['step_s'] / rate
-      if ours is not None and self._differs(record['loss'], ours):
-        found.failures[name] = (
-          f'{name} computes something else: its first loss is'
-          f' {record["loss"]:.5f}, and ours {ours:.5f}'
-        )
-
-  def _differs(self, loss: float, ours: float) -> bool:
-    # Quantizers of scales differ a little, and losses with them.
-    close = _CLOSE if self.method == 'lora' else 0.02 * ours
-    return not abs(loss - ours) <= close
+    close = CLOSE[self.method]
+    found.failures |= disagreements(found.records, OURS, ARMS, close)

@@ -1,9 +1,19 @@
 """The flags and the course of every benchmark that compares arms.
 
-A front door defines its own flags, makes a `Benchmark` and its arms, and calls
-`run`: see `generate.py` or `train_step.py`. An arm is a module of its own, see
-`processes`; its figures need `tokens_per_s`, of which ratios are made, and may
-have any others, which columns name.
+A front door defines flags of its own, makes a `Benchmark` and a list of `Arm`s,
+and calls `run` with the `limits()`:
+
+  doors.check()
+  with doors.limits() as limits:
+    doors.run(Benchmark(name=…, ours='jlora', …), arms, limits)
+
+To add an arm, write a module that ends with `worker.serve(run)`: `run` takes
+`Arm.work`, a dict as JSON has it, with `threads` and `began` added, and returns
+a flat dict of figures. `tokens_per_s` must be there, of which the ratios are
+made; `compile_s` is told apart by whether the cache of programs was empty;
+`peak_bytes` is added. Any other figure is kept, and shown where a column names
+it. Such a module imports what it measures and `harness.worker`, and nothing
+heavier. The weights in a folder come from `models.find_model(…).write(folder)`.
 """
 
 import contextlib

@@ -116,4 +116,4 @@ def rewritten(text: str, tables: str) -> str:
   """
   before, _, rest = text.partition(BEGIN)
   _, _, after = rest.partition(END)
-  return f'{before}{BEGIN}\n\n{tables}\n\n{END}{after}'
+  return f'{before}{BEGIN}\n\n{tables or "None yet."}\n\n{END}{after}'

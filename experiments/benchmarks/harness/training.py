@@ -9,7 +9,6 @@ JAX and jlora are imported inside functions: peers' processes come here too.
 """
 
 import dataclasses
-import functools
 import pathlib
 import time
 from collections.abc import Callable, Mapping
@@ -17,8 +16,9 @@ from typing import Any
 
 import numpy as np
 
-from experiments.benchmarks.harness import worker
+from experiments.benchmarks.harness import conversations, worker
 
+Fields = dict[str, np.ndarray]  # of a batch
 LEARNING_RATE = 2e-4
 TOKENS = 'tokens.npy'
 COUNT = 1_000_003  # tokens there are; a prime, so that batches differ
@@ -37,7 +37,9 @@ class Work:
     rank: Of the adapters of all linear layers.
     alpha: Their scale is alpha / rank.
     steps: Steps that are timed, after one that is not.
-    folder: Of the weights, and of tokens.npy, from `write_tokens`.
+    folder: Of the weights and of tokens.
+    data: '' for random tokens, from `write_tokens`; 'packed' or 'padded' for
+      conversations, from `conversations.write`.
     threads: Processors of the process.
     began: When it was started.
   """
@@ -50,6 +52,7 @@ class Work:
   alpha: float
   steps: int
   folder: str
+  data: str = ''
   threads: int = 0
   began: float = 0.0
 
@@ -63,33 +66,54 @@ class Work:
     """The folder of the weights."""
     return pathlib.Path(self.folder)
 
-  @functools.cached_property
-  def batches(self) -> np.ndarray:
-    """Tokens by step; each learns the next one of its row."""
-    tokens = np.load(self.path / TOKENS)
-    return np.resize(tokens, (self.steps + 1, self.batch, self.length))
+  def batches(self) -> list[Fields]:
+    """Returns what each step reads, the first one's too.
 
-  def timed(self, step: Callable[[int], float]) -> dict[str, Any]:
+    Those of random tokens have the fields tokens, targets and loss_mask; those
+    of conversations all fields of `jlora.data.batch.Batch`.
+    """
+    if self.data:
+      return conversations.read(self.path, self.data)
+    tokens = np.load(self.path / TOKENS)
+    shape = (self.steps + 1, self.batch, self.length)
+    return [with_targets(part) for part in np.resize(tokens, shape)]
+
+  def timed(
+    self, step: Callable[[int], float], batches: list[Fields]
+  ) -> dict[str, Any]:
     """Times steps, see `worker.timed`.
 
     Args:
       step: Runs the step of a number, waits for it, and returns its loss.
+      batches: What they read; places without a token do not count.
     """
-    size = self.batch * self.length
-    found = worker.timed(step, self.steps, size, self.began)
+    found = worker.timed(step, [places(x) for x in batches], self.began)
     return {'remat': self.remat, 'loss': found['losses'][0], **found}
 
 
-def targets_of(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-  """Returns next tokens and what of them counts: all but the last of a row.
+def with_targets(tokens: np.ndarray) -> Fields:
+  """Returns a batch that learns the next token at all places but the last.
 
   Args:
-    tokens: int [batch, length].
+    tokens: int32 [batch, length].
   """
-  targets = np.roll(tokens, -1, axis=1)
   mask = np.ones(tokens.shape, np.float32)
   mask[:, -1] = 0
-  return targets, mask
+  return {
+    'tokens': tokens,
+    'targets': np.roll(tokens, -1, axis=1),
+    'loss_mask': mask,
+  }
+
+
+def places(batch: Fields) -> int:
+  """Returns how many places of a batch hold a token.
+
+  Args:
+    batch: Fields of it.
+  """
+  ids = batch.get('segment_ids')
+  return batch['tokens'].size if ids is None else int((ids > 0).sum())
 
 
 def write_tokens(folder: pathlib.Path, vocab: int) -> None:

@@ -13,7 +13,7 @@ import statistics
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 MARK = 'figures of this arm: '  # ahead of the line with the answer
@@ -65,31 +65,33 @@ def peak_bytes() -> int:
 
 
 def timed(
-  step: Callable[[int], float], steps: int, tokens: int, began: float
+  step: Callable[[int], float], tokens: Sequence[int], began: float
 ) -> dict[str, Any]:
   """Times steps after one that is not counted.
 
   Args:
     step: Runs the step of a number, waits for it, and returns its loss.
-    steps: How many are counted.
-    tokens: Tokens a step, all of them.
+    tokens: Of each step, the first one's too.
     began: When the process was started, as `time.time` has it.
 
   Returns:
-    `losses`, `steps_s`, their median `step_s`, `tokens_per_s`, and `ready_s`
-    from the start of the process to the end of the first step.
+    `losses`, `steps_s`, their median `step_s`, `tokens_per_s` of all counted
+    steps, at the median if all have as many tokens, and `ready_s` from the
+    start of the process to the end of the first step.
   """
   losses, seconds, ready = [], [], 0.0
-  for number in range(steps + 1):
+  for number in range(len(tokens)):
     start = time.perf_counter()
     losses.append(step(number))
     seconds.append(time.perf_counter() - start)
     ready = ready or time.time() - began
   median = statistics.median(seconds[1:])
+  alike = len(set(tokens)) == 1
+  rate = tokens[0] / median if alike else sum(tokens[1:]) / sum(seconds[1:])
   return {
     'losses': losses,
     'steps_s': seconds[1:],
     'step_s': median,
-    'tokens_per_s': tokens / median,
+    'tokens_per_s': rate,
     'ready_s': ready,
   }
