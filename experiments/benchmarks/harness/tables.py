@@ -69,13 +69,13 @@ def _caption(result: Result) -> Iterator[str]:
   settings = ', '.join(f'{k} {v}' for k, v in result['settings'].items())
   machine = result['machine']
   versions = ', '.join(f'{k} {v}' for k, v in result['versions'].items())
-  rounds = {record['round'] for record in result['records']}
+  count = len({record['round'] for record in result['records']})
+  where = f'{machine["processor"]}, {machine["threads"]} threads'
   yield f'**{result["benchmark"]}**: {settings}.'
   yield ''
   yield (
-    f'{len(rounds)} rounds on {machine["processor"]}, {machine["threads"]}'
-    f' threads; {versions}; commit `{result["commit"]}`, {result["date"]}.'
-    + _matmul(result)
+    f'{count} round{"s" * (count > 1)} on {where}; {versions}; commit'
+    f' `{result["commit"]}`, {result["date"]}.{_matmul(result)}'
   )
   if result['tried']:
     tried = (f'{k} {v:,.0f}' for k, v in result['tried'].items())
