@@ -4,7 +4,8 @@ r"""QLoRA on Gemma 3 270M: plain text, which needs no chat template.
 
 The base comes as a GGUF file in four Python packages. It goes on with the text
 of this repository's README; held out is tpu/README.md, whose loss fell from
-5.07 to 3.52 in the first ten updates of a run on two CPU cores.
+5.07 to 3.43. On two CPU cores that did other work besides this took 6 min 27 s
+and 2.7 GiB.
 """
 
 from jlora.config import default_config, default_quant

@@ -159,7 +159,7 @@ def count_flops(step: Any, *args: Any) -> dict[str, Any]:
   """
   import jax
 
-  from jlora.planning import traced
+  from jlora.training import traced
 
   return {'flops': traced.count_flops(jax.make_jaxpr(step)(*args))}
 
