@@ -18,23 +18,19 @@ from jlora.parallel.mesh import make_mesh
 from jlora.training.optimizers import make_optimizer
 from jlora.training.run_spec import RunSpec
 from jlora.training.step import make_loss, make_step
+from jlora.training.traced import count_flops
 
 
-def step_flops(spec: RunSpec, config: DecoderConfig) -> float | None:
+def step_flops(spec: RunSpec, config: DecoderConfig) -> int:
   """Returns the floating-point operations of one update.
 
-  XLA counts the body of a loop once, however often it runs. So the step is
-  lowered again without loops: layers unrolled, the cross-entropy in one chunk
-  and no microbatches, on shapes alone. The count is that of the program as it
-  is lowered, recomputation for the backward pass included; compiled, an
-  unrolled program would share what a loop computes twice.
+  Those of its matrix products, as often as they run: what is computed again for
+  the backward pass counts again. Decoding weights is no product.
 
   Args:
     spec: The run.
     config: The decoder's sizes.
 
-  Returns:
-    The count, or None where the backend does not count.
   """
   dtype = compute_dtype(spec.train.dtype)
   lora = families.resolve(spec.lora, config)
@@ -44,16 +40,22 @@ def step_flops(spec: RunSpec, config: DecoderConfig) -> float | None:
   tx = make_optimizer(spec.optim, 1, trainable)
   head = layout.head_path(config)
   loss_fn = make_loss(
-    Decoder(config, dtype=dtype, remat=spec.train.remat, unroll=config.layers),
+    Decoder(config, dtype=dtype, remat=spec.train.remat),
     lora,
-    chunk=spec.train.batch_size * spec.data.max_length,
+    chunk=spec.train.loss_chunk,
     frozen_head=not any(
       path.startswith(f'{head}/') for path in leaves_by_path(trainable)
     ),
   )
-  step = make_step(loss_fn, tx, make_mesh(1, devices=jax.devices()[:1]))
-  lowered = step.lower(_state(tx, trainable), frozen, _batch(spec))
-  return (lowered.cost_analysis() or {}).get('flops')
+  step = make_step(
+    loss_fn,
+    tx,
+    make_mesh(1, devices=jax.devices()[:1]),
+    accumulate=spec.train.accumulate,
+  )
+  return count_flops(
+    jax.make_jaxpr(step)(_state(tx, trainable), frozen, _batch(spec))
+  )
 
 
 def _state(tx: Any, trainable: Any) -> TrainState:

@@ -2,7 +2,9 @@
 
 Each takes what it can, said by `_kernel_for`; `attend_blockwise` takes the
 rest. On a GPU cuDNN has no segments without a mask of length^2, so packed rows
-go to the Triton kernel. None holds all scores of a sequence.
+go to the Triton kernel. None holds all scores of a sequence. What cuDNN and
+Triton keep for their backward passes has no name that a remat policy could ask
+for: with 'dots' they attend again.
 
 Dimension key: B batch, S queries and keys, H query heads, K key-value heads, G
 query heads a key-value head, D head_dim.
@@ -22,9 +24,10 @@ from jlora.models.blockwise import KEPT, Sight, attend_blockwise
 # (q_BSHD, k_BSKD, v_BSKD, sight, scale=, cap=) -> [batch, length, H * D]
 Attend = Callable[..., jax.Array]
 
+_AMPERE = 8.0  # its compute capability
 _HALF = (jnp.bfloat16, jnp.float16)
 _TRITON_BLOCK, _SPLASH_BLOCKS = 64, (512, 256, 128)
-_WIDEST = {'cudnn': 128, 'triton': 128}  # head_dim; cuDNN has 256 on H100 only
+_WIDEST = {'cudnn': 128, 'triton': 128}  # head_dim; cuDNN has 256 on few GPUs
 
 
 def make_attend(mesh: Any) -> Attend:
@@ -35,10 +38,18 @@ def make_attend(mesh: Any) -> Attend:
       be here.
   """
   devices = getattr(mesh, 'devices', None)  # an AbstractMesh has none
-  platform = 'cpu' if devices is None else devices.flat[0].platform
-  if platform == 'cpu':
+  if devices is None or not _has_kernels(devices.flat[0]):
     return attend_blockwise
-  return functools.partial(_attend, platform, mesh)
+  return functools.partial(_attend, devices.flat[0].platform, mesh)
+
+
+def _has_kernels(device: Any) -> bool:
+  """Returns whether a device runs any; GPUs of NVIDIA do from Ampere on."""
+  if device.platform in ('cpu', 'tpu'):
+    return device.platform == 'tpu'
+  # Of AMD's it is a name, and devices that are not here may have none.
+  capability = getattr(device, 'compute_capability', None) or str(_AMPERE)
+  return capability[:1].isdigit() and float(capability) >= _AMPERE
 
 
 def _attend(

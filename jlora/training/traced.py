@@ -12,8 +12,9 @@ def count_flops(jaxpr: Any) -> int:
 
   A product of [m, k] and [k, n] counts 2 m k n, as often as the loop around it
   runs; what is recomputed for a backward pass counts again. Everything else,
-  some percent of a decoder's, is left out, and so is what a library does
-  within one primitive, such as cuDNN's attention.
+  some percent of a decoder's, is left out, and so is what cuDNN does within
+  one primitive. Of a kernel whose loops depend on what it reads, such as
+  Triton's attention, each loop counts once.
 
   Args:
     jaxpr: Of a traced function; loops whose length is not known count once.
@@ -26,6 +27,10 @@ def count_flops(jaxpr: Any) -> int:
       left = equation.invars[0].aval.shape
       (contracted, _), _ = params['dimension_numbers']
       depth = math.prod(left[axis] for axis in contracted)
+      total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
+      continue
+    if name == 'few_rows_product':
+      depth = equation.invars[0].aval.shape[-1]
       total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
       continue
     inner = [count_flops(sub) for sub in _inner(params)]

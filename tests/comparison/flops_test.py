@@ -54,9 +54,23 @@ def test_lora_saves_the_gradients_of_frozen_kernels(sizes, remat, most):
   assert 0.5 < count['lora'] / count['full'] <= most
 
 
-def test_dequantizing_adds_few_operations(sizes):
+def test_decoding_weights_is_no_product(sizes):
   lora, qlora = (flops(sizes['smollm2'], name) for name in ('lora', 'qlora'))
-  assert lora < qlora < 1.01 * lora
+  assert lora == qlora
+
+
+def test_every_tile_of_a_long_sequence_counts(sizes):
+  def layer(length):
+    one, two = (
+      flops(sizes['tiny'], 'lora', length=length, layers=n) for n in (1, 2)
+    )
+    return two - one
+
+  # Linear layers grow as the length does; 3, 10 and 36 tiles of 256 tokens.
+  short, middle, long = (layer(n) for n in (512, 1024, 2048))
+  tiles = middle - 2 * short
+  assert tiles > 0
+  assert long - 2 * middle == 4 * tiles
 
 
 def test_microbatches_do_not_hide_operations(sizes):

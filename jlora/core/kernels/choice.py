@@ -193,8 +193,18 @@ def _lower_for_gpu(ctx: Any, *operands: Any, **settings: Any) -> Any:
   # What several devices run together, mapped or sharded, has more or no number.
   alone = getattr(context, 'num_devices', None) == 1
   # A grid has three axes, two of which are taken.
-  run = _fused if alone and settings['depth'] < 2 else _decoded
+  fits = alone and settings['depth'] < 2 and _runs_triton()
+  run = _fused if fits else _decoded
   return mlir.lower_fun(run, multiple_results=False)(ctx, *operands, **settings)
+
+
+def _runs_triton() -> bool:
+  """Returns whether the GPUs here do, as from Ampere on; True if none is."""
+  try:
+    (gpu, *_) = jax.local_devices(backend='cuda')
+  except RuntimeError:  # compiled for one that is elsewhere
+    return True
+  return float(gpu.compute_capability) >= 8
 
 
 mlir.register_lowering(
