@@ -22,6 +22,7 @@ _MAY_CHANGE = (
   'mesh',
   'optim.learning_rate',
   'optim.offload',
+  'train.attention',
   'train.checkpoint_every',
   'train.epochs',
   'train.steps',

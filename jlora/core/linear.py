@@ -51,8 +51,9 @@ class Stored:
 
 Kernel = jax.Array | Stored | QuantizedArray
 
-# The name of `x a` for the policies of `jax.checkpoint`.
-LOW_RANK = 'low_rank'
+# The name, for the policies of `jax.checkpoint`, of what an adapter adds to the
+# arrays that a product needs again.
+ADAPTER = 'adapter'
 
 
 def matrix_of(kernel: Kernel) -> jax.Array:
@@ -166,7 +167,7 @@ def _forward(
     return _unrows(y, x), (kernel, None, None, None)
   separate = branch is not None
   read, rows = (branch, _rows(branch)) if separate else (x, rows)
-  low = checkpoint_name(_dot(rows, adapter.a.astype(x.dtype)), LOW_RANK)
+  low = checkpoint_name(_dot(rows, adapter.a.astype(x.dtype)), ADAPTER)
   b = adapter.b.astype(x.dtype).astype(jnp.float32)
   y = y + (adapter.scale * _dot(low, b)).astype(settings.dtype)
   return _unrows(y, x), (kernel, adapter, (read, low), separate)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 
 from jlora.core.lazy import (
   LazyArray,
@@ -20,7 +21,13 @@ from jlora.core.lazy import (
   column_lengths,
   gain_of,
 )
-from jlora.core.linear import Adapter, frozen_product, linear, matrix_of
+from jlora.core.linear import (
+  ADAPTER,
+  Adapter,
+  frozen_product,
+  linear,
+  matrix_of,
+)
 from jlora.core.quantized import QuantizedArray, decode_rows
 from jlora.core.views import OUT, Atom, View
 
@@ -58,6 +65,8 @@ def multiply(
     x = _scaled(x, gain)
   branch = _dropped(x, leaf)
   y = linear(x, leaf.kernel, adapter, branch=branch, **settings)
+  if gain is not None:
+    y = checkpoint_name(y, ADAPTER)
   return y if gain is None or transposed else _scaled(y, gain)
 
 
@@ -114,6 +123,7 @@ def column_gain(leaf: LoraArray) -> jax.Array | None:
   square = jnp.sum(dot(dot(a.mT, a), b) * b, axis=-2)
   added = scale * (2 * cross + scale * square)
   length = jnp.sqrt(jnp.maximum(jnp.square(column_lengths(w)) + added, 0))
+  length = checkpoint_name(length, ADAPTER)
   return gain_of(leaf.magnitude, length, leaf.scale)
 
 
@@ -281,5 +291,6 @@ def multiply_groups(
     leaf = dataclasses.replace(leaf, key=leaf.key[0])
   read = _dropped(x, leaf)
   low = ragged(x if read is None else read, a.astype(x.dtype), sizes)
+  low = checkpoint_name(low, ADAPTER)
   y = y + ragged(low, b.astype(jnp.float32), sizes).astype(y.dtype)
   return y if gain is None or transposed else _scaled(y, gain)

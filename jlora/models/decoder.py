@@ -43,12 +43,12 @@ from jlora.models.scores import capped
 
 _policies = jax.checkpoint_policies
 # What a rematerialized layer keeps for its backward pass beside its input. The
-# names are those that linear layers and attention give to what they return;
-# `low_rank` is an adapter's, where the decoder is lifted. Products without a
-# name are parts of these: kept too, each would be there twice.
+# names are those that linear layers and attention give to what they return, and
+# lifted products to what adapters need. Products without a name are parts of
+# these: kept too, each would be there twice.
 REMAT = {
   'full': _policies.nothing_saveable,
-  'dots': _policies.save_only_these_names('product', 'low_rank', KEPT),
+  'dots': _policies.save_only_these_names('product', 'adapter', KEPT),
 }
 
 

@@ -74,7 +74,10 @@ class Experts(nn.Module):
     router = nn.Dense(
       c.experts, use_bias=False, dtype=self.dtype, name='router'
     )
-    odds = jax.nn.softmax(router(x_ND).astype(jnp.float32), axis=-1)
+    # Kept with what comes of it: chosen anew from other roundings, tokens would
+    # not be where their products are.
+    chosen_by = checkpoint_name(router(x_ND), 'product')
+    odds = jax.nn.softmax(chosen_by.astype(jnp.float32), axis=-1)
     weight_NK, expert_NK = jax.lax.top_k(odds, c.experts_per_token)
     if c.normalize_experts:
       weight_NK = weight_NK / weight_NK.sum(axis=-1, keepdims=True)

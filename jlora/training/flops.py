@@ -4,7 +4,9 @@ With P weights of the frozen base that multiply every token and R adapter
 weights, a model takes 4 P + 6 R operations a token: two a weight forward, two
 for the gradient of its input, and two more for the weight's own where it is
 trained, so that full fine-tuning takes 6 P. What a program recomputes or
-decodes is not in it, nor is padding.
+decodes is not in it, nor is padding. The output head counts for every token,
+though its products are made for chunks with a trained token only; what the
+hardware computes is counted as if all chunks had one.
 
 References:
   Chowdhery et al., `PaLM <https://arxiv.org/abs/2204.02311>`_, appendix B.

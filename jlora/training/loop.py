@@ -202,7 +202,8 @@ def advance(
       stopping = last or processes.any_of(stop.requested)
       measures = last or step % spec.eval.every == 0
       saves = stopping or step % spec.train.checkpoint_every == 0
-      if measures or saves or trace.is_edge(step):
+      waited = processes.are_several()  # so they stop at the same step
+      if measures or saves or waited or trace.is_edge(step):
         _log(job, progress, metrics, bar, running=0)
       trace.end(step)
       if measures:
@@ -226,9 +227,8 @@ def _log(
 ) -> None:
   """Writes down the updates that are done, but for some of the latest."""
   for line in progress.finished(job, running=running):
-    if line['step'] == job.steps or line['step'] % job.spec.log.every == 0:
-      metrics.append(line)
-      bar.tick(line)
+    metrics.append(line)
+    bar.tick(line)
 
 
 def _save(job: Job, checkpoints: RunCheckpoints, progress: Progress) -> None:

@@ -8,6 +8,8 @@ import jax
 
 WARM_UP = 2  # steps before the trace, where there are enough
 STEPS = 3  # steps in it
+# What the profiler raises where it finds another, or no trace where it looks.
+_FAULTS = (OSError, RuntimeError, ValueError, KeyError)
 
 
 class Trace:
@@ -59,7 +61,14 @@ class Trace:
       step: Updates so far.
     """
     if step == self.first:
-      jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+      try:
+        jax.profiler.start_trace(self.folder, create_perfetto_trace=True)
+      except _FAULTS as error:
+        self.first = self.last = None
+        warnings.warn(
+          f'no trace is made: {error}; training goes on', stacklevel=2
+        )
+        return
       self._running = True
 
   def end(self, step: int) -> None:
@@ -85,7 +94,7 @@ class Trace:
     self._running = False
     try:
       jax.profiler.stop_trace()
-    except (OSError, RuntimeError) as error:
+    except _FAULTS as error:
       warnings.warn(
         f'the trace could not be written to {self.folder}: {error}; training'
         ' goes on',

@@ -66,6 +66,7 @@ class Progress:
     self._step = int(self.state.step)
     self._running: collections.deque[_Update] = collections.deque()
     self._finished_at = -math.inf
+    self._unsaid: list[tuple[int, float]] = []
 
   @property
   def step(self) -> int:
@@ -94,7 +95,10 @@ class Progress:
     self._running.append(_Update(step, tokens, began, measured))
 
   def finished(self, job: Job, *, running: int = 0) -> Iterator[dict[str, Any]]:
-    """Waits for updates and yields their lines of metrics.jsonl in order.
+    """Waits for updates and yields the lines of metrics.jsonl that are due.
+
+    Times are means since the line before: when the devices were done is known
+    by when their numbers were read, which at an edge is later.
 
     Args:
       job: The run.
@@ -110,18 +114,24 @@ class Progress:
       # The devices began with it once they were done with the one before.
       began = max(update.began, self._finished_at)
       self._finished_at = time.perf_counter()
-      seconds, skipped = self._finished_at - began, self.skipped
-      self._count(update.step + 1, measured, job.spec.train.max_skipped)
+      self._unsaid.append((update.tokens, self._finished_at - began))
+      step, skipped = update.step + 1, self.skipped
+      self._count(step, measured, job.spec.train.max_skipped)
+      if step != job.steps and step % job.spec.log.every:
+        continue
+      tokens, seconds = map(sum, zip(*self._unsaid, strict=True))
+      updates = len(self._unsaid)
+      self._unsaid.clear()
       yield {
-        'step': update.step + 1,
+        'step': step,
         'loss': float(measured['loss']),
         'tokens': int(measured['tokens']),
         'grad_norm': float(measured['grad_norm']),
         # A skipped update does not advance the schedule.
         'learning_rate': float(job.rates[update.step - skipped]),
         'skipped': self.skipped,
-        'step_seconds': seconds,
-        'tokens_per_s': update.tokens / seconds,
+        'step_seconds': seconds / updates,
+        'tokens_per_s': tokens / seconds,
       }
 
   def _count(self, step: int, measured: dict[str, Any], most: int) -> None:

@@ -33,12 +33,27 @@ def count_flops(jaxpr: Any) -> int:
       depth = equation.invars[0].aval.shape[-1]
       total += 2 * depth * math.prod(equation.outvars[0].aval.shape)
       continue
+    if name == 'ragged_dot_general':
+      total += _grouped_flops(equation)
+      continue
     inner = [count_flops(sub) for sub in _inner(params)]
     if name == 'cond':
       total += max(inner)
     else:
       total += sum(inner) * _times(params)
   return total
+
+
+def _grouped_flops(equation: Any) -> int:
+  """Returns what groups take of which each row, or each summand, is in one."""
+  how = equation.params['ragged_dot_dimension_numbers']
+  (contracted, _), _ = how.dot_dimension_numbers
+  left, _, sizes = (x.aval.shape for x in equation.invars[:3])
+  depth = math.prod(left[axis] for axis in contracted)
+  made = math.prod(equation.outvars[0].aval.shape)
+  if set(how.lhs_ragged_dimensions) <= set(contracted):
+    made //= sizes[-1]  # a result for each group, of its own summands
+  return 2 * depth * made
 
 
 def count_kept(jaxpr: Any, size: Callable[[Any], float]) -> float:
@@ -64,9 +79,10 @@ def count_kept(jaxpr: Any, size: Callable[[Any], float]) -> float:
 
 
 def _times(params: dict[str, Any]) -> int:
-  """Returns how often a scan, or the blocks of a Pallas kernel, are run."""
+  """Returns how often a scan, a Pallas kernel or a part of a mesh is run."""
   grid = getattr(params.get('grid_mapping'), 'grid', ())
-  return params.get('length', 1) * math.prod(grid)
+  parts = [params['mesh'].shape[a] for a in params.get('newly_manual_axes', ())]
+  return params.get('length', 1) * math.prod(grid) * math.prod(parts)
 
 
 def _inner(params: dict[str, Any]) -> Iterator[Any]:

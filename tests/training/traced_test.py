@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax.experimental import pallas as pl
+from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import PartitionSpec as P
 
 from jlora.training.traced import count_flops, count_kept
 
@@ -24,9 +26,33 @@ def branched(x, w):
   return jax.lax.cond(x.sum() > 0, lambda: x @ w, lambda: (x @ w) + (x @ w))
 
 
+def grouped(x, w):
+  sizes = jnp.array([1, 2])
+  return jax.lax.ragged_dot(x, jnp.stack([w, w]), sizes)
+
+
+def of_groups(x, w):
+  stack = jnp.stack([w, w])
+
+  def run(stack):
+    return jax.lax.ragged_dot(x, stack, jnp.array([1, 2])).sum()
+
+  return jax.grad(run)(stack)
+
+
+def shared(x, w):
+  mesh, cut = AbstractMesh((3,), ('data',), (AxisType.Auto,)), P('data')
+  return jax.shard_map(
+    jnp.matmul, mesh=mesh, in_specs=(cut, P()), out_specs=cut
+  )(x, w)
+
+
 @pytest.mark.parametrize(
   ('run', 'times'),
   [
+    (grouped, 1),
+    (of_groups, 2),  # the value and the gradient of both kernels
+    (shared, 1),
     (jnp.matmul, 1),
     (scanned, 7),
     (branched, 2),
