@@ -40,7 +40,7 @@ def test_a_plan_is_printed_and_written(
 def test_what_does_not_fit_is_followed_by_what_was_tried(
   make_counting, make_spec, console
 ):
-  planner = make_counting('h100', memory=1 << 20)
+  planner = make_counting('h100', memory=40 << 20)
   report.plan([planner], make_spec(), console)
   assert 'tried instead' in said(console)
   assert '--config.optim.moment_bits=8: ' in said(console)
@@ -56,7 +56,7 @@ def test_the_chosen_mesh_is_said(make_counting, make_spec, console):
 def test_a_sweep_leaves_a_table_and_a_figure(
   make_counting, make_spec, console, tmp_path
 ):
-  planners = [make_counting('gpu-12gb', memory=150 << 20)]
+  planners = [make_counting('gpu-12gb', memory=40 << 20)]
   report.plan_sweep(planners, make_spec(), console, tmp_path / 'new')
   (swept,) = json.loads((tmp_path / 'new' / 'sweep.json').read_text())
   peaks = [swept['peaks'][str(n)] for n in (256, 512, 1024)]
@@ -70,7 +70,7 @@ def test_a_sweep_leaves_a_table_and_a_figure(
 def test_a_sweep_ends_with_the_first_that_does_not_fit(
   make_counting, make_spec
 ):
-  planner = make_counting('gpu-12gb', memory=150 << 20)
+  planner = make_counting('gpu-12gb', memory=40 << 20)
   sweep = sweep_lengths(planner, planner.prepare(make_spec()))
   *fitting, last = sweep.estimates.values()
   assert fitting
