@@ -9,7 +9,7 @@ _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%?([\w.-]+) = (.*)$')
 _OPERATION = re.compile(r' ([a-z][\w-]*)\(([^()]*)\)')
 _ARRAY = re.compile(r'\b([a-z]\w*)\[([\d,]*)\]')
 _CALLED = re.compile(
-  r'(?:calls|to_apply|body|condition)=%?([\w.-]+)'
+  r'(?:calls|to_apply|body|condition|(?:true|false)_computation)=%?([\w.-]+)'
   r'|(?:branch|called)_computations=\{([^}]*)\}'
 )
 _TRIPS = re.compile(r'known_trip_count\W+n\W+(\d+)')

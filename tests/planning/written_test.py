@@ -55,8 +55,15 @@ branch_computations={%small, %large}
 """
 
 
-def test_a_loop_writes_as_often_as_it_runs_and_a_fusion_its_result():
-  found = written_arrays(PROGRAM)
+TWO_WAY = PROGRAM.replace(
+  'branch_computations={%small, %large}',
+  'true_computation=%small, false_computation=%large',
+)
+
+
+@pytest.mark.parametrize('program', [PROGRAM, TWO_WAY], ids=['index', 'pred'])
+def test_a_loop_writes_as_often_as_it_runs_and_a_fusion_its_result(program):
+  found = written_arrays(program)
   assert found == {
     ('bf16', (64, 48)): 5,
     ('bf16', (32, 48)): 10,
