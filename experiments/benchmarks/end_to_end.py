@@ -52,9 +52,7 @@ def main() -> None:
   if doors.rendered():
     return
   doors.check()
-  for flag, least in ((_BATCH, 1), (_LENGTH, 2), (_RANK, 1), (_STEPS, 1)):
-    holds = flag.value >= least
-    doors.require(flag.name, flag.value, holds, f'{least} or more')
+  doors.require_least((_BATCH, 1), (_LENGTH, 2), (_RANK, 1), (_STEPS, 1))
   with tempfile.TemporaryDirectory(prefix='jlora-benchmark-') as folder:
     packing = Packing(
       folder=pathlib.Path(folder),

@@ -52,10 +52,7 @@ def main() -> None:
   if doors.rendered():
     return
   doors.check()
-  for flag, least in ((_BATCH, 1), (_PROMPT, 1), (_NEW, 3), (_RANK, 1)):
-    doors.require(
-      flag.name, flag.value, flag.value >= least, f'{least} or more'
-    )
+  doors.require_least((_BATCH, 1), (_PROMPT, 1), (_NEW, 3), (_RANK, 1))
   settings = {f.name: f.value for f in (_BATCH, _PROMPT, _NEW, _RANK)}
   with tempfile.TemporaryDirectory(prefix='jlora-benchmark-') as folder:
     place = pathlib.Path(folder) / 'model'

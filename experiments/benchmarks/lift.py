@@ -8,16 +8,15 @@ is run but the compiler: a minute on two CPU cores. The README has the result.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
 import jlora
 from experiments.benchmarks import linen_model, nnx_model, parts, plain_model
+from jlora.training.traced import count_flops
 
 MODELS = {
   'Linen': linen_model.make,
@@ -42,7 +41,7 @@ class Step:
 
   def flops(self) -> int:
     """Returns the floating-point operations of all matrix products."""
-    return count_flops(jax.make_jaxpr(self.run)(*self.args).jaxpr)
+    return count_flops(jax.make_jaxpr(self.run)(*self.args))
 
   def compile(self) -> jax.stages.Compiled:
     """Returns the compiled step."""
@@ -91,29 +90,6 @@ def make_step(
 def temp_of(compiled: jax.stages.Compiled) -> int:
   """Returns the bytes of scratch memory."""
   return compiled.memory_analysis().temp_size_in_bytes
-
-
-def count_flops(jaxpr: jex.Jaxpr) -> int:
-  """Returns the operations of all `dot_general`s, each turn of a scan."""
-  return sum(map(_flops, jaxpr.eqns))
-
-
-def _flops(equation: jex.JaxprEqn) -> int:
-  if equation.primitive.name == 'dot_general':
-    (summed, _), _ = equation.params['dimension_numbers']
-    x, y = equation.invars[0].aval, equation.outvars[0].aval
-    return 2 * y.size * math.prod(x.shape[axis] for axis in summed)
-  times = equation.params.get('length', 1)
-  return times * sum(map(count_flops, _inner(equation)))
-
-
-def _inner(equation: jex.JaxprEqn) -> Iterator[jex.Jaxpr]:
-  """Yields the programs that an equation holds."""
-  programs = jex.ClosedJaxpr | jex.Jaxpr
-  values = list(equation.params.values())
-  for value in jax.tree.leaves(values, lambda v: isinstance(v, programs)):
-    if isinstance(value, programs):
-      yield getattr(value, 'jaxpr', value)
 
 
 def main() -> None:

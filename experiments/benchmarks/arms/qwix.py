@@ -26,21 +26,8 @@ def run(work: Mapping[str, Any]) -> dict[str, Any]:
   trainable, frozen = load(model, base.load_params(), work)
   tx = optax.adamw(training.LEARNING_RATE, weight_decay=0.0)
   state = tx.init(trainable)
-  batches = work.batches()
   step = make_step(model, tx)
-  shapes = training.shapes_of((trainable, state, frozen, batches[0]))
-  compiled, figures = training.compile_step(step, *shapes)
-
-  def advance(number: int) -> float:
-    nonlocal trainable, state
-    batch = jax.device_put(batches[number])
-    trainable, state, loss = compiled(trainable, state, frozen, batch)
-    jax.block_until_ready(trainable)
-    return float(loss)
-
-  figures |= work.timed(advance, batches)
-  figures['peak_bytes'] = worker.peak_bytes()
-  return {**figures, **training.count_flops(step, *shapes)}
+  return work.run(step, trainable, state, frozen)
 
 
 def adapted(model: Decoder, work: training.Work) -> Any:

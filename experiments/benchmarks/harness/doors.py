@@ -90,6 +90,19 @@ class Benchmark:
     return None
 
 
+def require_least(*flags: tuple[Any, int]) -> None:
+  """Refuses flags that are too small.
+
+  Args:
+    *flags: Of absl, each with the least that it can be.
+
+  Raises:
+    ConfigError: One is less.
+  """
+  for flag, least in flags:
+    require(flag.name, flag.value, flag.value >= least, f'{least} or more')
+
+
 def require(name: str, value: Any, holds: bool, wanted: str) -> None:
   """Refuses the value of a flag.
 

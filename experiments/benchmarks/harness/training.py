@@ -90,6 +90,38 @@ class Work:
     found = worker.timed(step, [places(x) for x in batches], self.began)
     return {'remat': self.remat, 'loss': found['losses'][0], **found}
 
+  def run(
+    self, step: Any, trainable: Any, state: Any, frozen: Any
+  ) -> dict[str, Any]:
+    """Compiles and times a step in JAX.
+
+    Args:
+      step: From `jax.jit`: (trainable, state, frozen, batch) -> (trainable,
+        state, loss). It may donate the first two.
+      trainable: What is trained.
+      state: Of the optimizer.
+      frozen: What is not trained.
+
+    Returns:
+      All figures of an arm.
+    """
+    import jax
+
+    batches = self.batches()
+    shapes = shapes_of((trainable, state, frozen, batches[0]))
+    compiled, figures = compile_step(step, *shapes)
+
+    def advance(number: int) -> float:
+      nonlocal trainable, state
+      batch = jax.device_put(batches[number])
+      trainable, state, loss = compiled(trainable, state, frozen, batch)
+      jax.block_until_ready(trainable)
+      return float(loss)
+
+    figures |= self.timed(advance, batches)
+    figures['peak_bytes'] = worker.peak_bytes()
+    return {**figures, **count_flops(step, *shapes)}
+
 
 def with_targets(tokens: np.ndarray) -> Fields:
   """Returns a batch that learns the next token at all places but the last.
