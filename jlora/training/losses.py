@@ -177,19 +177,24 @@ def _loss_and_grad(
 ) -> tuple[jax.Array, jax.Array]:
   """Returns the summed loss and its gradient by the logits [C, V].
 
-  The barriers bound the fusions: without them XLA computes the exponentials
-  several times over.
+  One array of their size is held: exponentials and gradient take its place. So
+  the target's logit is read first, which the largest then depends on; and the
+  target is found by comparing, since a CPU's scatter copies. The barriers bound
+  the fusions: without them XLA computes the exponentials several times over,
+  and reads the target's logit when it is needed.
   """
   barrier = jax.lax.optimization_barrier
   logits_CV = barrier(logits_CV).astype(jnp.float32)
+  chosen = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
+  chosen = barrier(chosen)
   top = logits_CV.max(axis=-1, keepdims=True)
+  top = barrier(jnp.maximum(top, chosen))
   exp_CV = barrier(jnp.exp(logits_CV - top))
   total = exp_CV.sum(axis=-1, keepdims=True)
-  chosen = jnp.take_along_axis(logits_CV, targets_C[:, None], axis=-1)
   loss = (jnp.log(total) + top - chosen)[:, 0]
+  is_target = jnp.arange(logits_CV.shape[1])[None] == targets_C[:, None]
   grad_CV = exp_CV * (mask_C[:, None] / total)
-  rows = jnp.arange(len(targets_C))
-  grad_CV = grad_CV.at[rows, targets_C].add(-mask_C)
+  grad_CV -= jnp.where(is_target, mask_C[:, None], 0)
   return jnp.sum(mask_C * loss), barrier(grad_CV)
 
 

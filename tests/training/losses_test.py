@@ -140,8 +140,8 @@ def test_the_loss_of_bfloat16_logits_is_float32(params, inputs, frozen_head):
   np.testing.assert_allclose(value, expected, rtol=1e-3)
 
 
-@pytest.mark.parametrize('frozen_head', [True, False])
-def test_logits_exist_for_one_chunk_only(frozen_head):
+@pytest.mark.parametrize(('frozen_head', 'times'), [(True, 1.3), (False, 3)])
+def test_logits_exist_for_one_chunk_only(frozen_head, times):
   tokens, vocab, chunk = 4096, 8192, 64
 
   def loss(params, hidden, targets, mask):
@@ -159,8 +159,9 @@ def test_logits_exist_for_one_chunk_only(frozen_head):
     .compile()
   )
   logits = 4 * vocab * chunk
-  # A chunk's logits a few times over; all of them would be 64 times this.
-  assert compiled.memory_analysis().temp_size_in_bytes <= 6 * logits
+  # Exponentials and gradient take the place of a chunk's logits where the head
+  # is frozen. All of them would be 64 times this.
+  assert compiled.memory_analysis().temp_size_in_bytes <= times * logits
 
 
 @pytest.mark.parametrize('frozen_head', [True, False])
