@@ -85,3 +85,16 @@ def test_a_sweep_goes_no_further_than_the_base(make_counting, make_spec):
   sweep = sweep_lengths(planner, planner.prepare(make_spec()))
   assert list(sweep.estimates) == [256, 512, 1024, 2048, 4096]
   assert sweep.longest is None
+
+
+def test_answers_from_merged_weights_are_said(
+  make_counting, make_spec, console
+):
+  for memory, verdict in ((80 << 30, 'fits'), (2 << 20, 'does not fit')):
+    planner = make_counting('h100', memory=memory)
+    report.plan([planner], make_spec(eval__merge=True), console, search=False)
+    line = said(console).splitlines()[-1]
+    assert line.startswith('  merged for answers     0.00 GiB beside what is')
+    assert line.endswith(verdict)
+  report.plan([planner], make_spec(), console, search=False)
+  assert 'merged' not in said(console).splitlines()[-1]

@@ -1,0 +1,96 @@
+"""Plain arrays are those of merge, and only what is not there yet is formed."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jlora
+from jlora.core.lazy import is_lazy
+from jlora.core.tree import leaves_by_path
+from jlora.inference.plain import _form, count_plain, make_plain
+from jlora.models import families
+
+QUANT = jlora.QuantSpec(block_size=16)
+KINDS = {
+  'lora': ({}, None),
+  'qlora': ({}, QUANT),
+  'dora': ({'variant': 'dora'}, QUANT),
+  'rows': ({'train_rows': {'embed/embedding': [1, 5]}}, QUANT),
+  'whole': ({'targets': (), 'train_full': '.*scale'}, QUANT),
+}
+
+
+def halves_of(params, spec, quant):
+  """Returns both halves, every trained weight away from its start."""
+  frozen, trainable = jlora.partition(
+    jax.random.key(0), params, spec, quant=quant
+  )
+  random = np.random.default_rng(0)
+  return frozen, jax.tree.map(
+    lambda x: x + random.normal(0, 0.1, x.shape).astype('f4'), trainable
+  )
+
+
+@pytest.fixture(params=KINDS)
+def case(request, config, params):
+  """Both halves and their spec."""
+  fields, quant = KINDS[request.param]
+  spec = families.resolve(jlora.LoraSpec(rank=2, **fields), config)
+  quant = quant and families.resolve(quant, config)
+  return *halves_of(params, spec, quant), spec
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'bfloat16'])
+def test_plain_arrays_are_those_of_merge(case, dtype):
+  plain = make_plain(jlora.combine(*case), dtype)
+  merged = jlora.merge(*case, dtype=jnp.dtype(dtype))
+  chex.assert_trees_all_equal_shapes_and_dtypes(plain, merged)
+  # Compiled, a product and a sum may be one operation: an ulp of the sum.
+  rounding = float(jnp.finfo(dtype).eps)
+  chex.assert_trees_all_close(plain, merged, rtol=2 * rounding, atol=1e-6)
+
+
+def test_what_is_plain_already_is_not_copied(case):
+  lazy = leaves_by_path(jlora.combine(*case), is_lazy)
+  plain = leaves_by_path(make_plain(lazy, 'float32'))
+  for path, leaf in lazy.items():
+    assert (plain[path] is leaf) != is_lazy(leaf)
+
+
+def test_counted_are_the_bytes_that_are_formed(case):
+  lazy = jlora.combine(*case)
+  shapes = jax.eval_shape(
+    lambda *halves: jlora.combine(*halves, case[2]), *case[:2]
+  )
+  before = leaves_by_path(lazy, is_lazy)
+  after = leaves_by_path(make_plain(lazy, 'float32'))
+  formed = sum(x.nbytes for p, x in after.items() if x is not before[p])
+  assert count_plain(lazy, 'float32') == formed
+  assert count_plain(shapes, 'float32') == formed
+
+
+def test_kernels_in_another_order_of_axes_are_formed_too():
+  kernel = np.random.default_rng(0).normal(size=(6, 3, 32)).astype('f4')
+  axes = (('w', 'out layers in: layers | in -> out'),)
+  spec = jlora.LoraSpec(rank=2, targets=('w',), axes=axes)
+  quant = jlora.QuantSpec(block_size=16, targets=('w',), axes=axes)
+  halves = halves_of({'w': kernel}, spec, quant)
+  plain = make_plain(jlora.combine(*halves, spec), 'float32')
+  assert plain['w'].shape == kernel.shape
+  chex.assert_trees_all_close(plain, jlora.merge(*halves, spec), atol=1e-6)
+
+
+def test_scratch_is_that_of_one_layer():
+  layers, side = 8, 256
+  kernel = np.ones((layers, side, side), 'f4')
+  axes = (('w', 'layers | in -> out'),)
+  spec = jlora.LoraSpec(rank=2, targets=('w',), axes=axes)
+  quant = jlora.QuantSpec(targets=('w',), axes=axes)
+  halves = halves_of({'w': kernel}, spec, quant)
+  leaf = jlora.combine(*halves, spec)['w']
+  form = jax.jit(_form, static_argnums=1)
+  memory = form.lower(leaf, jnp.dtype('f4')).compile().memory_analysis()
+  assert memory.output_size_in_bytes >= layers * side * side * 4
+  assert memory.temp_size_in_bytes < 4 * side * side * 4
