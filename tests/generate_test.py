@@ -11,8 +11,9 @@ def test_a_run_and_its_adapter_on_the_base_say_the_same(
   parts = (f'--base={tiny_base}', f'--adapter={run / "adapter"}')
   assert (named.rc, named.stderr) == (0, '')
   assert commands.run('generate', *parts, *PROMPT).stdout == named.stdout
-  base = commands.run('generate', f'--base={tiny_base}', *PROMPT)
+  base = commands.run('generate', f'--base={tiny_base}', *PROMPT, '--merge')
   assert base.rc == 0
+  assert 'all weights are plain float32 arrays already' in base.stderr
   assert base.stdout != named.stdout
 
 

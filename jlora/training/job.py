@@ -180,10 +180,7 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   traced = program.step.trace(halves.state, halves.frozen, batch)
   compiled = traced.lower().compile()
   if spec.eval.merge:
-    console.print(
-      f'eval.merge: answers take {count_merged(spec, halves) / 1e6:,.1f} MB of'
-      ' merged weights on each device, beside what a step keeps'
-    )
+    console.print(_merged(count_merged(spec, halves)))
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
   halves = load_halves(spec, base, halves, starts)
@@ -216,6 +213,13 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
       halves.frozen, halves.state, compiled, trained=description.parameters
     ),
     work=work_of(base.config, halves, traced.jaxpr, batch.tokens.shape),
+  )
+
+
+def _merged(size: int) -> str:
+  return (
+    f'eval.merge: answers take {size / 1e6:,.1f} MB of merged weights on each'
+    ' device, beside what a step keeps'
   )
 
 
