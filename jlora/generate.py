@@ -2,12 +2,21 @@ r"""Answers a prompt, word by word.
 
 python -m jlora.generate --run=DIR --prompt=TEXT
 python -m jlora.generate --base=B [--adapter=DIR] --prompt=TEXT
+
+With --merge, adapter and 4-bit weights become plain arrays before the first
+token: each token is faster, for the memory of dense weights.
 """
+
+import sys
+from typing import TYPE_CHECKING
 
 from absl import flags
 
 from jlora import door
 from jlora.errors import ConfigError
+
+if TYPE_CHECKING:
+  from jlora.inference.tuned import Tuned
 
 _RUN = flags.DEFINE_string('run', None, 'Run folder.')
 _BASE = flags.DEFINE_string('base', None, 'Base model, where there is no run.')
@@ -22,6 +31,14 @@ _TOP_P = flags.DEFINE_float('top_p', None, 'Sample from this share.')
 _SEED = flags.DEFINE_integer('seed', 0, 'Of the samples.')
 _ANY_BASE = flags.DEFINE_bool(
   'allow_other_base', False, 'Accept an adapter that another base was part of.'
+)
+_MERGE = flags.DEFINE_bool(
+  'merge',
+  False,
+  'Merge adapter and 4-bit weights into plain arrays before the first token,'
+  ' instead of decoding them for each: faster tokens, for 4 bytes a weight in'
+  ' memory (2 in bfloat16, where sums are rounded to it), and while they are'
+  ' formed the 4-bit weights beside them. How much that is goes to stderr.',
 )
 
 
@@ -48,6 +65,8 @@ def main() -> None:
     _ADAPTER.value,
     allow_other_base=_ANY_BASE.value,
   )
+  if _MERGE.value:
+    tuned = _merged(tuned)
   tokenizer = tuned.base.tokenizer
   if _RAW.value:
     prompt = tokenizer(_PROMPT.value, return_tensors='np')['input_ids'][0]
@@ -77,6 +96,22 @@ def main() -> None:
   for piece in text_pieces(tokens, decode):
     print(piece, end='', flush=True)
   print()
+
+
+def _merged(tuned: 'Tuned') -> 'Tuned':
+  """Returns a model on plain arrays, and says on stderr what they take."""
+  import jax.numpy as jnp
+
+  from jlora.inference.plain import count_plain
+
+  dtype = jnp.dtype(tuned.dtype)
+  size = count_plain(tuned.params, dtype)
+  if size:
+    text = f'forms {size / 2**30:.2f} GiB of plain {dtype} arrays'
+  else:
+    text = f'all weights are plain {dtype} arrays already'
+  print(f'--merge: {text}', file=sys.stderr, flush=True)
+  return tuned.merged()
 
 
 if __name__ == '__main__':

@@ -75,6 +75,7 @@ def test_the_json_form_keeps_every_field():
     quant={'exclude': ['a.*'], 'dtype': 'bfloat16'},
     lora={'targets': ['mlp', 'attention'], 'axes': {'a': 'in -> out'}},
     train={'steps': None, 'epochs': 1.5},
+    eval={'merge': True},
   )
   text = spec.to_json()
   assert config.from_json(text) == spec
@@ -117,6 +118,7 @@ def test_an_unknown_field_is_named_with_a_close_one(sections, message):
     ({'train': {'steps': math.inf}}, 'config.train.steps is inf'),
     ({'lora': {'alpha': '32'}}, "config.lora.alpha is '32'; it takes float"),
     ({'data': {'pack': 1}}, 'config.data.pack is 1; it takes bool'),
+    ({'eval': {'merge': 1}}, 'config.eval.merge is 1; it takes bool'),
     ({'data': {'pack': 'yes'}}, "config.data.pack is 'yes'"),
     ({'data': {'train': 3}}, 'config.data.train is 3; it takes a name, a list'),
     ({'lora': {'targets': 3}}, 'config.lora.targets is 3'),

@@ -11,9 +11,19 @@ def test_a_run_and_its_adapter_on_the_base_say_the_same(
   parts = (f'--base={tiny_base}', f'--adapter={run / "adapter"}')
   assert (named.rc, named.stderr) == (0, '')
   assert commands.run('generate', *parts, *PROMPT).stdout == named.stdout
-  base = commands.run('generate', f'--base={tiny_base}', *PROMPT)
+  base = commands.run('generate', f'--base={tiny_base}', *PROMPT, '--merge')
   assert base.rc == 0
+  assert 'all weights are plain float32 arrays already' in base.stderr
   assert base.stdout != named.stdout
+
+
+def test_merged_before_the_first_token_it_says_the_same(commands, finished):
+  run, _ = finished
+  flags = (f'--run={run}', *PROMPT)
+  merged = commands.run('generate', *flags, '--merge')
+  assert merged.rc == 0
+  assert merged.stdout == commands.run('generate', *flags).stdout
+  assert merged.stderr == '--merge: forms 0.00 GiB of plain float32 arrays\n'
 
 
 @pytest.mark.parametrize(

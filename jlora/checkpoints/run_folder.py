@@ -19,6 +19,7 @@ from jlora.parallel import processes
 _MAY_CHANGE = (
   'log',
   'eval.every',
+  'eval.merge',
   'mesh',
   'optim.learning_rate',
   'optim.offload',

@@ -31,6 +31,7 @@ from jlora.core.plan import is_frozen_leaf
 from jlora.core.quantization import QuantSpec
 from jlora.core.quantized import QuantizedArray, is_quantized
 from jlora.core.tree import leaves_by_path, nodes_by_path
+from jlora.inference.plain import make_plain
 from jlora.models import families
 from jlora.models.decoder import Decoder
 from jlora.parallel.devices import compute_dtype
@@ -90,6 +91,23 @@ class Tuned:
     """
     cast = functools.partial(densify, dtype=dtype)
     return jax.tree.map(cast, self.params, is_leaf=is_lazy)
+
+  def merged(self) -> 'Tuned':
+    """Returns the same model as a base alone, on plain arrays in `dtype`.
+
+    It is `dense(dtype)`, formed a layer at a time: tokens come faster, for
+    the memory of dense weights. In 16 bits the sums are rounded, by which the
+    model differs from this one as its merged export does.
+    """
+    return dataclasses.replace(
+      self,
+      frozen=make_plain(self.params, self.dtype),
+      trainable={},
+      starts={},
+      spec=None,
+      quant=None,
+      metadata={},
+    )
 
 
 Check = Callable[[Base, LoraSpec | None, QuantSpec | None], None]

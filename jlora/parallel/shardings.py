@@ -74,6 +74,18 @@ class Shardings:
       offset=whole if leaf.offset is not None else None,
     )
 
+  def of_plain(self, path: str, leaf: Any) -> NamedSharding:
+    """Returns where a leaf lies once it is a plain array: as its codes did.
+
+    Args:
+      path: The leaf's.
+      leaf: An array or a lazy leaf, or the shapes of one.
+    """
+    cuts = self.placements[path].cuts
+    if len(cuts) != leaf.ndim:  # it has more axes than its matrix form
+      return self._named(())
+    return self._named(self._even(cuts, leaf.shape))
+
   def trainable(self, trainable: Any) -> Any:
     """Returns the shardings of a trainable half, in a tree like it."""
 

@@ -70,6 +70,19 @@ class Estimate:
     if self._needs_fraction():
       yield 'set', 'XLA_PYTHON_CLIENT_MEM_FRACTION=.94; jax takes .75 otherwise'
 
+  def answers(self, merged: int) -> str:
+    """Returns what a run holds while it answers prompts with `eval.merge`.
+
+    Args:
+      merged: Bytes of the merged weights on each device.
+    """
+    total = merged + sum(self.parts.get(part, 0) for part in KEPT)
+    fits = 'fits' if total <= self.machine.usable else 'does not fit'
+    return (
+      f'{merged / GIB:,.2f} GiB beside what is kept between steps:'
+      f' {total / GIB:,.2f} GiB without caches, {fits}'
+    )
+
   def _moved(self) -> Iterator[tuple[str, str]]:
     if not self.compiled:
       yield 'moved a step', 'known once compiled'

@@ -20,7 +20,7 @@ from jlora.planning.counting import count_gradients, count_scratch
 from jlora.planning.estimate import Estimate
 from jlora.planning.written import written_kernels
 from jlora.training.footprint import ON_HOST, bytes_by_part, compiled_peak
-from jlora.training.halves import Halves, abstract_halves
+from jlora.training.halves import Halves, abstract_halves, count_merged
 from jlora.training.program import abstract_batch, make_program
 from jlora.training.requirements import check_rows, resolve
 from jlora.training.run_spec import MeshSpec, RunSpec
@@ -230,6 +230,14 @@ class Planner:
     """
     on_host = spec.optim.offload and self.machine.platform == 'cuda'
     return self._devices is not None and not on_host
+
+  def merged(self, spec: RunSpec) -> int:
+    """Returns the bytes of a device that answers take with `eval.merge`.
+
+    Args:
+      spec: The run, prepared.
+    """
+    return count_merged(spec, self._halves(spec, self._mesh(spec)))
 
   def _mesh(self, spec: RunSpec) -> Mesh | AbstractMesh:
     asked = spec.mesh.sizes

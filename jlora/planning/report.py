@@ -46,6 +46,9 @@ def plan(
     flops = planner.flops(ready)
     rows = list(estimate.rows())
     rows.append(('FLOPs a step', f'{flops:.3g}, in matrix products'))
+    if ready.eval.merge:
+      merged = planner.merged(ready)
+      rows.append(('merged for answers', estimate.answers(merged)))
     _show(console, rows)
     if search and estimate.fits:
       found = _largest(planner, ready)

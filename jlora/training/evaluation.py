@@ -15,6 +15,7 @@ from jlora.core.combination import combine
 from jlora.core.partition import partition
 from jlora.data.conversations import Conversation
 from jlora.data.tokens import prompt_tokens
+from jlora.inference.plain import make_plain
 from jlora.inference.sampler import generate
 from jlora.inference.sampling import Sampling
 from jlora.inference.scorer import (
@@ -97,15 +98,20 @@ def complete(
 ) -> list[str]:
   """Returns the greedy continuation of each prompt as text.
 
+  With `eval.merge`, from plain arrays that are there for these prompts only.
+
   Args:
     job: The run.
     trainable: The trained half of the parameters.
     prompts: Token ids [length] each.
   """
   spec = job.spec.eval
+  params = combine(job.frozen, trainable, job.spec.lora)
+  if spec.merge:
+    params = make_plain(params, job.dtype, job.shardings.of_plain)
   outputs = generate(
     job.apply,
-    combine(job.frozen, trainable, job.spec.lora),
+    params,
     job.base.config,
     prompts,
     Sampling(max_new_tokens=spec.max_new_tokens),

@@ -11,11 +11,13 @@ from jax.sharding import Mesh
 from jlora.checkpoints import placement
 from jlora.checkpoints.bases import Base
 from jlora.checkpoints.starts import Starts
+from jlora.core.combination import combine
 from jlora.core.decompositions import Start
 from jlora.core.partition import partition
 from jlora.core.plan import Placeholder, is_frozen_leaf
 from jlora.core.state import TrainState
 from jlora.core.tree import arrays_by_path, matching, nest
+from jlora.inference.plain import count_plain
 from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
 from jlora.parallel.shardings import Shardings, make_shardings
@@ -112,6 +114,21 @@ def load_halves(
   placed = shapes.shardings.state(shapes.state)
   make = jax.jit(first, out_shardings=placed, donate_argnums=0)
   return shapes._replace(frozen=frozen, state=make(trainable), starts=starts)
+
+
+def count_merged(spec: RunSpec, halves: Halves) -> int:
+  """Returns the bytes of a device that merged weights take with `eval.merge`.
+
+  Args:
+    spec: The run, resolved for its base.
+    halves: Its parameters, as arrays or as shapes.
+  """
+  params = jax.eval_shape(
+    lambda *parts: combine(*parts, spec.lora),
+    halves.frozen,
+    halves.state.trainable,
+  )
+  return count_plain(params, halves.dtype, halves.shardings.of_plain)
 
 
 def shardings_of(spec: RunSpec, frozen: Any, mesh: Mesh) -> Shardings:

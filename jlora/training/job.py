@@ -33,7 +33,7 @@ from jlora.parallel.mesh import by_example, make_mesh
 from jlora.parallel.shardings import Shardings
 from jlora.training.flops import Work, work_of
 from jlora.training.footprint import Footprint, measure
-from jlora.training.halves import abstract_halves, load_halves
+from jlora.training.halves import abstract_halves, count_merged, load_halves
 from jlora.training.optimizers import learning_rates
 from jlora.training.program import abstract_batch, make_program
 from jlora.training.requirements import (
@@ -179,6 +179,8 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
   batch = abstract_batch(spec, mesh)
   traced = program.step.trace(halves.state, halves.frozen, batch)
   compiled = traced.lower().compile()
+  if spec.eval.merge:
+    console.print(_merged(count_merged(spec, halves)))
   if spec.lora.changes_base and not starts:
     console.print(f'starting the adapters from the base: {spec.lora.init}')
   halves = load_halves(spec, base, halves, starts)
@@ -211,6 +213,13 @@ def build(spec: RunSpec, console: Console, starts: Starts | None = None) -> Job:
       halves.frozen, halves.state, compiled, trained=description.parameters
     ),
     work=work_of(base.config, halves, traced.jaxpr, batch.tokens.shape),
+  )
+
+
+def _merged(size: int) -> str:
+  return (
+    f'eval.merge: answers take {size / 1e6:,.1f} MB of merged weights on each'
+    ' device, beside what a step keeps'
   )
 
 

@@ -96,6 +96,9 @@ class EvalSpec:
     max_new_tokens: Longest answer.
     batch_size: Answers generated at once.
     samples: Answers shown in samples.md.
+    merge: Whether adapter and base are merged into plain arrays while prompts
+      are answered, instead of being decoded for each token: faster, for the
+      memory of dense weights beside all that the run holds.
   """
 
   every: int = 20
@@ -103,6 +106,7 @@ class EvalSpec:
   max_new_tokens: int = 32
   batch_size: int = 16
   samples: int = 8
+  merge: bool = False
 
   def __post_init__(self) -> None:
     """Checks the fields."""

@@ -102,3 +102,13 @@ def test_moments_on_the_host_are_not_counted_on_a_gpu(make_counting, make_spec):
   assert plain.parts['optimizer state'] >= moments
   assert away.parts['optimizer state'] < 64  # counters
   assert plain.peak - moments <= away.peak < plain.peak
+
+
+def test_weights_merged_for_answers_are_counted_for_each_device(
+  make_counting, make_spec
+):
+  kernels = 3 * (2 * 128 * 128 + 2 * 128 * 64 + 3 * 128 * 512)
+  for target, devices in (('h100', 1), ('v5e-4', 4)):
+    planner = make_counting(target)
+    spec = planner.prepare(make_spec(eval__merge=True, train__batch_size=4))
+    assert planner.merged(spec) == 2 * kernels / devices  # in bfloat16

@@ -26,6 +26,7 @@ def test_a_plan_is_printed_and_written(
   report.plan(planners, make_spec(), console, out=tmp_path)
   for text in ('relative a6000', 'no compiler for h100', 'largest microbatch'):
     assert text in said(console)
+  assert 'merged' not in said(console)
   first, second = json.loads((tmp_path / 'plan.json').read_text())
   assert (first['target'], second['target']) == ('h100', 'rtx4090')
   assert first['peak'] == sum(first['bytes'].values())
@@ -85,3 +86,15 @@ def test_a_sweep_goes_no_further_than_the_base(make_counting, make_spec):
   sweep = sweep_lengths(planner, planner.prepare(make_spec()))
   assert list(sweep.estimates) == [256, 512, 1024, 2048, 4096]
   assert sweep.longest is None
+
+
+def test_answers_from_merged_weights_are_said(
+  make_counting, make_spec, console
+):
+  planner, spec = make_counting('h100'), make_spec(eval__merge=True)
+  report.plan([planner], spec, console, search=False)
+  line = said(console).splitlines()[-1]
+  assert line.startswith('  merged for answers     0.00 GiB beside what is')
+  assert line.endswith('fits')
+  estimate = planner.estimate(planner.prepare(spec))
+  assert estimate.answers(80 << 30).endswith(' caches, does not fit')

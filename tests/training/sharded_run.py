@@ -19,6 +19,9 @@ import jlora
 from jlora.core import tree
 from jlora.core.plan import is_frozen_leaf
 from jlora.data.batch import Batch
+from jlora.inference.plain import count_plain, make_plain
+from jlora.inference.sampler import generate
+from jlora.inference.sampling import Sampling
 from jlora.models import families, layout
 from jlora.models.config import DecoderConfig
 from jlora.models.decoder import Decoder
@@ -138,6 +141,49 @@ def train(config, halves, spec, axes) -> dict[str, Any]:
   return found
 
 
+def answer(config, halves, spec, axes) -> dict[str, Any]:
+  """Returns what merged weights are on a mesh, and what they answer."""
+  mesh = make_mesh(*axes, devices=jax.devices()[: np.prod(axes)])
+  leaves = tree.arrays_by_path(halves[0], is_frozen_leaf)
+  shardings = make_shardings(leaves, families.SHARDING, mesh)
+  placed = shardings.frozen(halves[0]), shardings.trainable(halves[1])
+  lazy = jlora.combine(*jax.device_put(halves, placed), spec)
+  params = make_plain(lazy, jnp.float32, shardings.of_plain)
+  tokens = generate(
+    jlora.lift(Decoder(config).apply, gather=shardings.gather),
+    params,
+    config,
+    [np.arange(3, 9)],
+    Sampling(max_new_tokens=8),
+    eos_token_ids=(),
+    batch_size=1,
+    dtype=jnp.float32,
+  )
+  return {
+    'kernels': jax.tree.map(np.asarray, params),
+    'bytes': count_plain(lazy, jnp.float32, shardings.of_plain),
+    'lies': sum(
+      x.addressable_shards[0].data.nbytes
+      for x in jax.tree.leaves(params['layers'])
+      if x.ndim == 3
+    ),
+    'tokens': tokens[0].tolist(),
+  }
+
+
+def compare_answers(config, halves, spec) -> dict[str, Any]:
+  """Returns how merged weights on eight devices differ from those on one."""
+  one, many = (
+    answer(config, halves, spec, axes) for axes in ((1, 1, 1), (2, 2, 2))
+  )
+  return {
+    'distance': distance(many['kernels'], one['kernels']),
+    'share': many['bytes'] / one['bytes'],
+    'counted': many['bytes'] == many['lies'],
+    'tokens': [one['tokens'], many['tokens']],
+  }
+
+
 def distance(ours, oracle):
   """Returns the largest relative distance of any leaf."""
   return max(
@@ -204,6 +250,8 @@ def main(name: str, quantized: str) -> None:
     }
     for axes, run in runs.items()
   }
+  if (name, quantized) == ('even', 'nf4'):
+    report['merged'] = compare_answers(config, halves, spec)
   print(json.dumps(report))
 
 

@@ -94,3 +94,13 @@ def test_the_codes_of_a_layer_move_three_times_a_step(
 def test_devices_share_the_work(mesh):
   """Of sizes that divide; others leave work that all devices do."""
   assert report_of('even', 'nf4')[mesh]['flops'] <= 1.2 / 8
+
+
+def test_merged_weights_lie_as_their_codes_and_answer_as_on_one_device():
+  report = report_of('even', 'nf4')['merged']
+  assert report['distance'] <= 1e-6
+  assert report['share'] == 1 / 4  # fsdp and tensor cut them, data does not
+  assert report['counted']
+  one, many = report['tokens']
+  assert many == one
+  assert len(set(one)) > 4

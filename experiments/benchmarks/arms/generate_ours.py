@@ -1,4 +1,4 @@
-"""jlora: `sampler.generate` on dense weights, or beside an adapter on NF4."""
+"""jlora: dense weights, NF4 with an adapter, or that merged beforehand."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -10,6 +10,7 @@ import jlora
 from experiments.benchmarks.harness import worker
 from experiments.benchmarks.harness.generation import Work
 from jlora.checkpoints.bases import open_base
+from jlora.inference.plain import make_plain
 from jlora.inference.sampler import generate
 from jlora.inference.sampling import Sampling
 from jlora.models import families
@@ -26,12 +27,15 @@ def run(work: Mapping[str, Any]) -> dict[str, Any]:
   base = open_base(work.folder)
   params = jax.tree.map(jnp.asarray, base.load_params())
   apply = Decoder(base.config, dtype=jnp.float32).apply
-  if work.kind == 'nf4':
+  if work.kind != 'dense':
     spec = jlora.LoraSpec(rank=work.rank, alpha=2.0 * work.rank)
     spec = families.resolve(spec, base.config)
     quant = families.resolve(jlora.QuantSpec(), base.config)
     halves = jlora.partition(jax.random.key(0), params, spec, quant=quant)
     params, apply = jlora.combine(*halves, spec), jlora.lift(apply)
+    del halves
+  if work.kind == 'merged':
+    params = make_plain(params, jnp.float32)
   prompts = list(work.prompts(base.config.vocab_size))
 
   def more(count: int) -> None:

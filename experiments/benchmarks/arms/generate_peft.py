@@ -1,4 +1,4 @@
-"""transformers' `generate` on dense weights, with PEFT's adapter or without."""
+"""transformers' `generate`: dense weights, PEFT's adapter, or that on NF4."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -18,10 +18,18 @@ def run(work: Mapping[str, Any]) -> dict[str, Any]:
   """
   work = Work(**work)
   torch.set_num_threads(work.threads)
+  quantization = None
+  if work.kind == 'nf4':  # imported here: others are not charged for it
+    from experiments.benchmarks.arms import peft as training_arm
+
+    quantization = training_arm.quantization()
   model = transformers.AutoModelForCausalLM.from_pretrained(
-    work.folder, dtype=torch.float32, attn_implementation='sdpa'
+    work.folder,
+    dtype=torch.float32,
+    attn_implementation='sdpa',
+    quantization_config=quantization,
   )
-  if work.kind == 'adapter':
+  if work.kind != 'dense':
     import peft
 
     model = peft.get_peft_model(

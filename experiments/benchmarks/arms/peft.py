@@ -74,7 +74,7 @@ def make_model(work: training.Work) -> tuple[Any, torch.optim.Optimizer]:
     work.folder,
     dtype=torch.float32,
     attn_implementation='sdpa',
-    quantization_config=_quantization() if work.quantized else None,
+    quantization_config=quantization() if work.quantized else None,
   )
   checkpointing = work.remat == 'full'
   options = {'use_reentrant': False}
@@ -116,7 +116,8 @@ def update(loss: torch.Tensor, optimizer: torch.optim.Optimizer) -> float:
   return loss.item()
 
 
-def _quantization() -> transformers.BitsAndBytesConfig:
+def quantization() -> transformers.BitsAndBytesConfig:
+  """Returns how bitsandbytes quantizes: NF4 with double quantization."""
   import bitsandbytes  # noqa: F401, so that it is missed by its name
 
   return transformers.BitsAndBytesConfig(
