@@ -65,10 +65,8 @@ def _attend(
 ) -> jax.Array:
   """Attends as `attend_blockwise` does, by a kernel where one can."""
   scale = q_BSHD.shape[-1] ** -0.5 if scale is None else scale
-  kernel = _kernel_for(platform, q_BSHD, sight, cap)
-  rows, heads = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['tensor']
-  fits = q_BSHD.shape[0] % rows == 0 and k_BSKD.shape[2] % heads == 0
-  if kernel is None or not fits:
+  kernel = kernel_for(platform, mesh, q_BSHD, k_BSKD, sight, cap)
+  if kernel is None:
     return attend_blockwise(q_BSHD, k_BSKD, v_BSKD, sight, scale=scale, cap=cap)
   run = functools.partial(kernel, reach=sight.reach, scale=scale, cap=cap)
   if mesh.size > 1:  # a kernel is not cut by the compiler
@@ -82,6 +80,31 @@ def _attend(
     )
   out_BSHD = run(q_BSHD, k_BSKD, v_BSKD, sight.segments)
   return out_BSHD.reshape(*q_BSHD.shape[:2], -1)
+
+
+def kernel_for(
+  platform: str,
+  mesh: Any,
+  q_BSHD: Any,
+  k_BSKD: Any,
+  sight: Sight,
+  cap: float | None,
+) -> Callable[..., jax.Array] | None:
+  """Returns the kernel that attends on a mesh; None where tiles do.
+
+  Args:
+    platform: 'cpu', 'cuda' or 'tpu'.
+    mesh: As for `make_attend`, or its shape alone.
+    q_BSHD: Queries of all devices, or their shape and dtype.
+    k_BSKD: Keys, likewise.
+    sight: What a query sees.
+    cap: Of the scores, as in `capped`.
+  """
+  rows, heads = mesh.shape['data'] * mesh.shape['fsdp'], mesh.shape['tensor']
+  fits = q_BSHD.shape[0] % rows == 0 and k_BSKD.shape[2] % heads == 0
+  if platform == 'cpu' or not fits:
+    return None
+  return _kernel_for(platform, q_BSHD, sight, cap)
 
 
 def _kernel_for(

@@ -15,7 +15,10 @@ import jax
 
 from jlora.core.quantized import is_quantized
 from jlora.core.tree import leaves_by_path
+from jlora.models.blockwise import Sight
 from jlora.models.config import DecoderConfig
+from jlora.models.kernels import kernel_for
+from jlora.models.reach import kinds_of, reach_of
 from jlora.models.tiles import make_tiling
 from jlora.training.halves import Halves
 from jlora.training.run_spec import RunSpec
@@ -25,8 +28,8 @@ class Moment(NamedTuple):
   """A moment of a layer's backward pass that may be the largest.
 
   Attributes:
-    scores: Attention scores in float32, those that are there at once. The
-      kernels of GPUs and TPUs hold none.
+    scores: Attention scores in float32, those of a tile. The kernels of GPUs
+      and TPUs hold none.
     inner: [tokens, mlp] arrays.
     kernels: Share of the layer's decoded or copied kernels.
   """
@@ -77,7 +80,7 @@ LIVE = {
   ),
   # Products and their neighbors are fused, and codes decoded one by one.
   'cuda': Live(
-    attention=Moment(0, 1),
+    attention=Moment(3.7, 1),
     mlp=Moment(1, 5),
     embed=4,
     heads=4,
@@ -87,7 +90,7 @@ LIVE = {
   ),
   # The planes of a kernel are decoded apart, then interleaved.
   'tpu': Live(
-    attention=Moment(0, 3, 0.5),
+    attention=Moment(3.7, 3, 0.5),
     mlp=Moment(0.7, 9),
     embed=4,
     heads=2,
@@ -126,7 +129,7 @@ def count_scratch(
   rows = spec.train.rows(mesh['data'] * mesh['fsdp'])
   length = spec.data.max_length
   tokens, cut = rows * length, mesh['tensor']
-  scores = 4 * rows * make_tiling(length, None).scores * c.heads // cut
+  scores = _scores(spec, config, halves, platform)
   inner = size * tokens * c.mlp_dim // cut
   kernels = _kernels(config, halves, live) / cut
   layer = max(
@@ -140,6 +143,29 @@ def count_scratch(
   gradients = sum(_bytes(x) for x in jax.tree.leaves(halves.state.trainable))
   inputs = live.inputs * size * c.layers * tokens * c.embed_dim
   return int(max(layer, logits - gradients) + inputs)
+
+
+def _scores(
+  spec: RunSpec, config: DecoderConfig, halves: Halves, platform: str
+) -> int:
+  """Returns the bytes of a tile's scores on a device; 0 by a kernel."""
+  c, mesh, length = config, halves.shardings.mesh, spec.data.max_length
+  devices = mesh.shape['data'] * mesh.shape['fsdp']
+  rows = spec.train.rows(devices)
+  q_BSHD, k_BSKD = (
+    jax.ShapeDtypeStruct((rows * devices, length, n, c.head_dim), halves.dtype)
+    for n in (c.heads, c.kv_heads)
+  )
+  segments = jax.ShapeDtypeStruct((rows * devices, length), 'int32')
+  sight = Sight(
+    segments if spec.data.pack else None,
+    reach_of(c, kinds_of(c).local, length),
+  )
+  found = kernel_for(platform, mesh, q_BSHD, k_BSKD, sight, c.attention_cap)
+  if found is not None and spec.train.attention == 'auto':
+    return 0
+  scores = make_tiling(length, None).scores
+  return 4 * rows * scores * c.heads // mesh.shape['tensor']
 
 
 def _kernels(config: DecoderConfig, halves: Halves, live: Live) -> float:

@@ -93,25 +93,32 @@ LONG = dataclasses.replace(
 @pytest.mark.aot
 @pytest.mark.filterwarnings('ignore')
 @pytest.mark.parametrize(
-  ('target', 'packed', 'kernel'),
+  ('target', 'width', 'packed', 'kernel'),
   [
-    ('h100', False, 'fmha'),
-    ('h100', True, 'triton'),
-    ('h100-2', True, 'triton'),
-    ('v5e-1', True, 'splash'),
-    ('v5e-4', True, 'splash'),
+    ('h100', 64, False, 'fmha'),
+    ('h100-2', 64, False, 'fmha'),
+    ('h100', 64, True, 'triton'),
+    ('h100-2', 64, True, 'triton'),
+    ('h100', 128, True, 'triton'),
+    ('a6000', 128, False, 'fmha'),
+    ('a6000', 128, True, 'triton'),  # of the least shared memory
+    ('v5e-1', 64, True, 'splash'),
+    ('v5e-4', 64, True, 'splash'),
   ],
 )
-def test_elsewhere_a_step_is_compiled_with_a_kernel(target, packed, kernel):
+def test_elsewhere_a_step_is_compiled_with_a_kernel(
+  target, width, packed, kernel
+):
   machine = find_machine(target)
   mesh = make_mesh(-1, devices=devices_of(machine))
+  config = dataclasses.replace(LONG, head_dim=width)
   model = Decoder(
-    LONG, dtype=jnp.bfloat16, remat='full', attend=kernels.make_attend(mesh)
+    config, dtype=jnp.bfloat16, remat='full', attend=kernels.make_attend(mesh)
   )
   tokens = jax.ShapeDtypeStruct(
     (machine.devices, 4096), jnp.int32, sharding=by_example(mesh)
   )
-  params = jax.eval_shape(Decoder(LONG).init, jax.random.key(0), tokens)
+  params = jax.eval_shape(Decoder(config).init, jax.random.key(0), tokens)
   params = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)),
     params,

@@ -19,6 +19,7 @@ WIDE = DecoderConfig(
   head_dim=32,
 )
 LOGITS = dataclasses.replace(WIDE, vocab_size=32768, mlp_dim=256)
+SMALL = dataclasses.replace(WIDE, mlp_dim=256)
 DEEP = dataclasses.replace(WIDE, layers=12)
 ROWS = {'data__max_length': 64, 'train__batch_size': 16}
 CASES = {
@@ -69,6 +70,62 @@ def test_elsewhere_counting_is_within_a_tenth(llama, make_spec, case):
   found = ratio(make_spec, llama, target, data__max_length=512, **fields)
   print(case, found)  # pytest -rP shows it
   assert 0.9 <= found <= 1.1
+
+
+# Of these sizes, attention holds most.
+NARROW = {'vocab_size': 8192, 'embed_dim': 1024, 'mlp_dim': 1024}
+NARROW |= {'heads': 16, 'kv_heads': 4, 'head_dim': 64}
+
+
+@pytest.mark.aot
+@pytest.mark.filterwarnings('ignore')
+@pytest.mark.parametrize('attention', ['auto', 'blockwise'])
+@pytest.mark.parametrize('target', ['h100', 'v5e-1'])
+def test_attention_is_counted_within_a_tenth(
+  llama, make_spec, target, attention
+):
+  found = ratio(
+    make_spec,
+    dataclasses.replace(llama, **NARROW),
+    target,
+    train__attention=attention,
+    train__batch_size=16,
+    data__max_length=512,
+  )
+  print(target, attention, found)
+  assert 0.9 <= found <= 1.1
+
+
+@pytest.mark.parametrize(
+  ('target', 'fields', 'tiled'),
+  [
+    ('h100', {}, False),
+    ('h100', {'attention_cap': 50.0}, True),
+    ('h100', {'head_dim': 256}, True),
+    ('h100', {'local_layers': (0, 1, 2), 'sliding_window': 128}, True),
+    ('v5e-1', {'attention_cap': 50.0}, False),
+    ('v5e-1', {'local_layers': (1,), 'sliding_window': 128}, True),
+  ],
+)
+def test_scores_count_where_no_kernel_attends(
+  make_counting, make_spec, target, fields, tiled
+):
+  planner = make_counting(target, config=dataclasses.replace(SMALL, **fields))
+  auto, tiles = (
+    planner.count(
+      planner.prepare(
+        make_spec(
+          train__attention=attention,
+          train__batch_size=16,
+          data__max_length=512,
+          train__loss_chunk=16,
+        )
+      )
+    ).parts['scratch']
+    for attention in ('auto', 'blockwise')
+  )
+  assert (auto == tiles) == tiled
+  assert auto <= tiles
 
 
 def test_twice_the_rows_are_twice_the_activations(make_counting, make_spec):
