@@ -3,8 +3,10 @@ r"""How long a LoRA step takes, and how much memory, beside PEFT and others.
   python experiments/benchmarks/train_step.py \
     --peer=peft --peer=qwix --peer=bare
 
-  --peer=NAME        peft, with bitsandbytes for QLoRA; qwix, on our decoder; or
-                     bare, a step written by hand; several of them
+  --peer=NAME        peft, with bitsandbytes for QLoRA; qwix, on our decoder;
+                     bare, a step written by hand; or lora, ours on dense
+                     weights; several of them. qwix:none is Qwix with that
+                     policy, whatever --remat says
   --method=lora      or qlora: kernels in NF4
   --remat=best       each arm's fastest of none, dots and full; or one of these
   --model=BASE       SmolLM2-135M-Instruct; or layers=60,vocab=32000 for random

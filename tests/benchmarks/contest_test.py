@@ -38,11 +38,11 @@ def pretend(arm, _):
 @pytest.fixture
 def run(tmp_path, monkeypatch):
   """Runs a contest with flags and fields, and returns its result."""
-  monkeypatch.setattr(processes, 'run', pretend)
   path = tmp_path / 'result.json'
   count = iter(range(9))
 
-  def run(*given, **fields):
+  def run(*given, answer=pretend, **fields):
+    monkeypatch.setattr(processes, 'run', answer)
     folder = tmp_path / str(next(count))
     folder.mkdir()
     contest = Contest(
@@ -83,6 +83,35 @@ def test_each_arm_runs_with_its_fastest_policy(run):
       ' 3.00000'
     )
   }
+
+
+def test_a_peer_can_be_held_to_a_policy(run):
+  result = run('--rounds=1', peers=('peft', 'peft:full', 'bare:none'))
+  speeds = {
+    arm: result['summary'][arm]['speed']
+    for arm in result['summary']
+    if 'speed' in result['summary'][arm]
+  }
+  assert speeds == {'peft': 3 / 2, 'peft:full': 2, 'bare:none': 3 / 2}
+  assert 'share' in result['summary']['peft:full']
+  assert result['failures'].keys() == {'bare:none'}
+  assert not any('peft:full' in name for name in result['tried'])
+
+
+def test_qlora_is_compared_with_lora(run):
+  methods = []
+
+  def note(arm, limits):
+    methods.append(arm.work.get('method'))
+    loss = {'loss': 9.0} if methods[-1] == 'lora' else {}
+    return {**pretend(arm, limits), **loss}
+
+  result = run(
+    '--rounds=1', answer=note, method='qlora', remat='full', peers=('lora',)
+  )
+  assert methods == ['qlora', 'lora', None]
+  assert result['summary']['lora']['speed'] == 1
+  assert not result['failures']
 
 
 def test_the_share_is_that_of_the_rate_of_products(run):

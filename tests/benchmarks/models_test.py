@@ -68,7 +68,11 @@ def test_random_weights_are_a_base_that_opens(tmp_path):
   [
     ('train_step.py', '--rounds=0', '--rounds is 0; it must be 1 or more'),
     ('end_to_end.py', '--length=1', '--length is 1; it must be 2 or more'),
-    ('train_step.py', '--peer=pet', 'should be one of <bare|peft|qwix>'),
+    (
+      'train_step.py',
+      '--peer=pet',
+      'should be one of <lora|bare|peft|qwix|lora:none|',
+    ),
   ],
 )
 def test_a_flag_that_cannot_be_right_is_refused_in_a_sentence(file, flag, said):

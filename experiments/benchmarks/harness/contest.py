@@ -16,13 +16,19 @@ from jlora.errors import ConfigError
 from jlora.models.config import DecoderConfig
 
 OURS = 'jlora'
+DENSE = 'lora'  # ours, whatever --method says
 ARMS = {  # by name: the policies that each has; the fastest is looked for
   OURS: ('none', 'dots', 'full'),
+  DENSE: ('none', 'dots', 'full'),
   'bare': ('none', 'dots', 'full'),
   'peft': ('none', 'full'),
   'qwix': ('none', 'dots', 'full'),
 }
-PEERS = tuple(name for name in ARMS if name != OURS)
+_OTHERS = [name for name in ARMS if name != OURS]
+PEERS = (  # such as qwix, at its fastest, and qwix:none
+  *_OTHERS,
+  *(f'{name}:{remat}' for name in _OTHERS for remat in ARMS[name]),
+)
 DOUBLES = ('batch', 'length', 'layers', 'vocab_size')
 COLUMNS = (
   Column('remat', 'remat'),
@@ -99,7 +105,8 @@ class Contest:
 
   def _check_policies(self) -> None:
     for name in self.peers:
-      if self.remat not in ('best', *ARMS[name]):
+      name, _, own = name.partition(':')
+      if not own and self.remat not in ('best', *ARMS[name]):
         raise ConfigError(
           f'--remat is {self.remat}, and {name} has {", ".join(ARMS[name])}'
           f' only; use --remat=best, or leave out --peer={name}'
@@ -136,9 +143,9 @@ class Contest:
       title: What tables call it; '' for its name.
       **changes: Fields of `training.Work` that differ.
     """
-    module = 'ours' if name == OURS else name
+    module = 'ours' if name in (OURS, DENSE) else name
     work = training.Work(
-      method=self.method,
+      method=DENSE if name == DENSE else self.method,
       remat=remat,
       rank=self.rank,
       alpha=2.0 * self.rank,
@@ -155,17 +162,18 @@ class Contest:
   def _choose(
     self, earlier: dict[str, Any], limits: Limits
   ) -> tuple[dict[str, float], list[Arm]]:
-    """Returns the speeds that were tried, and an arm of each name."""
+    """Returns the speeds that were tried, and an arm of each peer and ours."""
     tried, arms = {}, []
-    for name in (OURS, *self.peers):
-      remat = earlier.get(name, {}).get('remat', self.remat)
+    for peer in (OURS, *self.peers):
+      name, _, own = peer.partition(':')
+      remat = own or earlier.get(name, {}).get('remat', self.remat)
       if remat == 'best':
         found = self._try(name, limits)
         tried |= found
         # If none has run, the first one will say why.
         best = max(found, key=found.get, default=f'{name} {ARMS[name][0]}')
         remat = best.removeprefix(f'{name} ')
-      arms.append(self.arm(name, remat))
+      arms.append(self.arm(name, remat, peer))
     return tried, arms
 
   def _try(self, name: str, limits: Limits) -> dict[str, float]:
@@ -198,7 +206,8 @@ class Contest:
     }
     for record in found.records:
       rate = rates.get(record['round'])
-      if record['arm'] in ARMS and rate:
+      if record['arm'] in (OURS, *PEERS) and rate:
         record['share'] = needed / record['step_s'] / rate
     close = CLOSE[self.method]
-    found.failures |= disagreements(found.records, OURS, ARMS, close)
+    same = [peer for peer in PEERS if peer.partition(':')[0] != DENSE]
+    found.failures |= disagreements(found.records, OURS, same, close)
