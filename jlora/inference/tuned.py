@@ -1,6 +1,7 @@
 """A base with or without an adapter, ready to generate or to be merged."""
 
 import dataclasses
+import functools
 import os
 import pathlib
 import warnings
@@ -23,6 +24,7 @@ from jlora.checkpoints.placement import load_frozen, load_split
 from jlora.checkpoints.starts import Starts
 from jlora.core.combination import combine
 from jlora.core.decompositions import Start
+from jlora.core.lazy import densify, is_lazy
 from jlora.core.lift import lift
 from jlora.core.lora import INITS_THAT_CHANGE_THE_BASE, LoraSpec
 from jlora.core.plan import is_frozen_leaf
@@ -87,17 +89,19 @@ class Tuned:
     Args:
       dtype: Of every leaf; sums are formed in float32 and rounded once.
     """
-    return make_plain(self.params, dtype)
+    cast = functools.partial(densify, dtype=dtype)
+    return jax.tree.map(cast, self.params, is_leaf=is_lazy)
 
   def merged(self) -> 'Tuned':
     """Returns the same model as a base alone, on plain arrays in `dtype`.
 
-    Tokens come faster, for the memory of dense weights. In 16 bits the sums are
-    rounded, by which the model differs from this one as its merged export does.
+    It is `dense(dtype)`, formed a layer at a time: tokens come faster, for
+    the memory of dense weights. In 16 bits the sums are rounded, by which the
+    model differs from this one as its merged export does.
     """
     return dataclasses.replace(
       self,
-      frozen=self.dense(self.dtype),
+      frozen=make_plain(self.params, self.dtype),
       trainable={},
       starts={},
       spec=None,

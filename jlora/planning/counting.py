@@ -18,6 +18,7 @@ from jlora.core.tree import leaves_by_path
 from jlora.models.blockwise import Sight
 from jlora.models.config import DecoderConfig
 from jlora.models.kernels import kernel_for
+from jlora.models.layout import head_path
 from jlora.models.reach import kinds_of, reach_of
 from jlora.models.tiles import make_tiling
 from jlora.training.halves import Halves
@@ -52,7 +53,8 @@ class Live:
       of the stack are copies.
     decoded: Likewise where they are quantized.
     largest: Decoded copies of the largest kernel beside these.
-    logits: float32 [chunk, vocab] arrays, when the loss is computed.
+    logits: float32 [chunk, vocab] arrays, when the loss of a frozen head is
+      computed; of a trained one there are two at least.
     inputs: Copies of all layers' inputs.
   """
 
@@ -77,6 +79,7 @@ LIVE = {
     dense=1,
     decoded=1,
     largest=1,
+    logits=1,
   ),
   # Products and their neighbors are fused, and codes decoded one by one.
   'cuda': Live(
@@ -139,10 +142,21 @@ def count_scratch(
   layer += size * tokens * live.embed * c.embed_dim
   layer += size * tokens * live.heads * c.heads * c.head_dim // cut
   chunk = rows * min(max(spec.train.loss_chunk // rows, 1), length)
-  logits = live.logits * 4 * chunk * c.vocab_size / cut
-  gradients = sum(_bytes(x) for x in jax.tree.leaves(halves.state.trainable))
+  head, gradients = _of_head(config, halves.state.trainable)
+  arrays = max(live.logits, 2) if head else live.logits
+  logits = arrays * 4 * chunk * c.vocab_size / cut
+  # Gradients are not there yet, but for the head's, beside its part of a chunk.
+  logits += 2 * head - gradients
   inputs = live.inputs * size * c.layers * tokens * c.embed_dim
-  return int(max(layer, logits - gradients) + inputs)
+  return int(max(layer, logits) + inputs)
+
+
+def _of_head(config: DecoderConfig, trainable: Any) -> tuple[int, int]:
+  """Returns the trained bytes of the head, and of all."""
+  sizes = {path: _bytes(x) for path, x in leaves_by_path(trainable).items()}
+  head = f'{head_path(config)}/'
+  of_head = sum(size for p, size in sizes.items() if p.startswith(head))
+  return of_head, sum(sizes.values())
 
 
 def _scores(

@@ -27,6 +27,10 @@ CASES = {
   'mlp': (WIDE, ROWS),
   'mlp dense': (WIDE, {**ROWS, 'quant': False}),
   'logits': (LOGITS, {'train__loss_chunk': 512}),
+  'logits trained': (
+    LOGITS,
+    {'train__loss_chunk': 512, 'lora__train_full': ('embed/embedding',)},
+  ),
   'dots kept': (DEEP, {**ROWS, 'train__remat': 'dots'}),
   'all kept': (DEEP, {**ROWS, 'train__remat': 'none'}),
 }
