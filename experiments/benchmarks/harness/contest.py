@@ -104,8 +104,8 @@ class Contest:
     return config
 
   def _check_policies(self) -> None:
-    for name in self.peers:
-      name, _, own = name.partition(':')
+    for peer in self.peers:
+      name, own = _halves(peer)
       if not own and self.remat not in ('best', *ARMS[name]):
         raise ConfigError(
           f'--remat is {self.remat}, and {name} has {", ".join(ARMS[name])}'
@@ -165,7 +165,7 @@ class Contest:
     """Returns the speeds that were tried, and an arm of each peer and ours."""
     tried, arms = {}, []
     for peer in (OURS, *self.peers):
-      name, _, own = peer.partition(':')
+      name, own = _halves(peer)
       remat = own or earlier.get(name, {}).get('remat', self.remat)
       if remat == 'best':
         found = self._try(name, limits)
@@ -209,5 +209,11 @@ class Contest:
       if record['arm'] in (OURS, *PEERS) and rate:
         record['share'] = needed / record['step_s'] / rate
     close = CLOSE[self.method]
-    same = [peer for peer in PEERS if peer.partition(':')[0] != DENSE]
+    same = [peer for peer in PEERS if _halves(peer)[0] != DENSE]
     found.failures |= disagreements(found.records, OURS, same, close)
+
+
+def _halves(peer: str) -> tuple[str, str]:
+  """Returns the arm of a peer, and the policy that it is held to or ''."""
+  name, _, remat = peer.partition(':')
+  return name, remat
