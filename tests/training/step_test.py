@@ -17,9 +17,13 @@ def one_device():
   return make_mesh(devices=jax.devices()[:1])
 
 
-def compile_step(run, batch):
+def lower_step(run, batch):
   step = make_step(run.loss_fn, run.tx, one_device())
-  return step.lower(run.abstract_state(), run.frozen, batch).compile()
+  return step.lower(run.abstract_state(), run.frozen, batch)
+
+
+def compile_step(run, batch):
+  return lower_step(run, batch).compile()
 
 
 def temp_of(compiled):
@@ -212,6 +216,17 @@ def test_a_layer_more_adds_its_input_and_its_gradients_to_scratch(
   saved = 15 * 4 * rows * length * config.embed_dim
   assert saved <= gradient <= 1.1 * saved
   assert saved <= step - adapters <= 1.1 * saved
+
+
+def test_more_layers_are_no_more_to_compile(make_run, make_batch, sizes):
+  batch = make_batch(2, 16, abstract=True)
+
+  def lines(layers):
+    config = dataclasses.replace(sizes['tiny'], layers=layers)
+    lowered = lower_step(make_run(config, abstract=True), batch)
+    return lowered.as_text().count('\n')
+
+  assert lines(6) == lines(3)
 
 
 def test_scratch_of_a_real_step_stays_below_0_35_gib(
