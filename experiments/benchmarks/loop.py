@@ -71,7 +71,8 @@ def loop_seconds(job: Job, console: Console) -> tuple[float, float]:
     progress = Progress(jax.tree.map(jnp.copy, job.state), {}, [], 0.0)
     trace = Trace(None, 0, job.steps, console.print)
     began = time.perf_counter()
-    advance(job, folder, saved, progress, metrics, console, trace)
+    if not advance(job, folder, saved, progress, metrics, console, trace):
+      raise KeyboardInterrupt  # the loop took the signal
     seconds = time.perf_counter() - began
     return seconds - saved.seconds, saved.seconds
 
