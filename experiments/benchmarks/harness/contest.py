@@ -105,7 +105,7 @@ class Contest:
 
   def _check_policies(self) -> None:
     for peer in self.peers:
-      name, own = _halves(peer)
+      name, own = _arm_and_policy(peer)
       if not own and self.remat not in ('best', *ARMS[name]):
         raise ConfigError(
           f'--remat is {self.remat}, and {name} has {", ".join(ARMS[name])}'
@@ -165,7 +165,7 @@ class Contest:
     """Returns the speeds that were tried, and an arm of each peer and ours."""
     tried, arms = {}, []
     for peer in (OURS, *self.peers):
-      name, own = _halves(peer)
+      name, own = _arm_and_policy(peer)
       remat = own or earlier.get(name, {}).get('remat', self.remat)
       if remat == 'best':
         found = self._try(name, limits)
@@ -209,11 +209,11 @@ class Contest:
       if record['arm'] in (OURS, *PEERS) and rate:
         record['share'] = needed / record['step_s'] / rate
     close = CLOSE[self.method]
-    same = [peer for peer in PEERS if _halves(peer)[0] != DENSE]
+    same = [peer for peer in PEERS if _arm_and_policy(peer)[0] != DENSE]
     found.failures |= disagreements(found.records, OURS, same, close)
 
 
-def _halves(peer: str) -> tuple[str, str]:
+def _arm_and_policy(peer: str) -> tuple[str, str]:
   """Returns the arm of a peer, and the policy that it is held to or ''."""
   name, _, remat = peer.partition(':')
   return name, remat
